@@ -1,0 +1,3 @@
+//! The gate.
+pub mod limit;
+pub mod window;

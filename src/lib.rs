@@ -1,0 +1,25 @@
+//! Tollgate: the front door of an HTTP API.
+//!
+//! The map of the house. Imports go one way, top to bottom; siblings do not import each other, [`app`] wires them.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`cli`] | words from a person → calls |
+//! | [`app`] | the composition root: configuration → running services |
+//! | [`proxy`], [`feed`], [`meter`], [`cluster`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
+//! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
+//! | [`clock`], [`wire`] | time as a value; what gates and control plane say to each other |
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod cli;
+pub mod clock;
+pub mod cluster;
+pub mod config;
+pub mod control;
+pub mod feed;
+pub mod gate;
+pub mod meter;
+pub mod proxy;
+pub mod telemetry;
+pub mod wire;
