@@ -1,0 +1,248 @@
+//! The form of an API key, checked before any hashing, and its digest.
+//!
+//! A key is a prefix (`pxk_live_`), 30 random base62 characters (178 bits) and 6 base62 characters of checksum:
+//! the CRC-32 (ISO-HDLC, as in zlib) of everything before it, most significant digit first, zero-padded, as
+//! GitHub's tokens have it. Most junk is refused for the price of a CRC.
+
+use sha2::{Digest as _, Sha256};
+use std::fmt;
+
+/// Random characters of a key.
+pub const RANDOM_LEN: usize = 30;
+/// Checksum characters of a key: 62^6 > 2^32.
+pub const CHECKSUM_LEN: usize = 6;
+/// The digits of base62, in the order of their values.
+pub const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+/// Keys of another form (imported ones) are this long at least: fewer bytes could be guessed.
+pub const FOREIGN_MIN_LEN: usize = 16;
+/// Keys of another form are this long at most.
+pub const FOREIGN_MAX_LEN: usize = 128;
+
+/// The checksum of `payload`, which is the prefix and the random part.
+pub fn checksum(payload: &[u8]) -> [u8; CHECKSUM_LEN] {
+    let mut rest = crc32fast::hash(payload);
+    let mut digits = [b'0'; CHECKSUM_LEN];
+    for digit in digits.iter_mut().rev() {
+        *digit = BASE62[(rest % 62) as usize];
+        rest /= 62;
+    }
+    digits
+}
+
+/// SHA-256 of a secret: all that is ever stored of it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SecretDigest(pub [u8; 32]);
+
+impl SecretDigest {
+    /// The digest of a presented key.
+    #[inline]
+    pub fn of(presented: &[u8]) -> Self {
+        SecretDigest(Sha256::digest(presented).into())
+    }
+}
+
+/// Only the first four bytes: enough to tell two apart in a test's output.
+impl fmt::Debug for SecretDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, ..] = self.0;
+        write!(f, "SecretDigest({a:02x}{b:02x}{c:02x}{d:02x}…)")
+    }
+}
+
+/// Whether keys that carry one of our prefixes must have a right checksum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checksum {
+    /// A wrong checksum is refused without a lookup.
+    #[default]
+    Required,
+    /// Keys issued by an older system may carry our prefixes without it: they are looked up.
+    Optional,
+}
+
+/// What becomes of keys without one of our prefixes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Foreign {
+    /// They are refused without a lookup.
+    #[default]
+    Refuse,
+    /// Imported keys of 16 to 128 visible ASCII characters are looked up.
+    Accept,
+}
+
+/// Which forms of key are worth a lookup.
+#[derive(Clone, Debug)]
+pub struct KeyForms {
+    prefixes: Box<[Box<[u8]>]>,
+    checksum: Checksum,
+    foreign: Foreign,
+}
+
+impl KeyForms {
+    /// The forms for these prefixes.
+    pub fn new<P: AsRef<[u8]>>(prefixes: impl IntoIterator<Item = P>, checksum: Checksum, foreign: Foreign) -> Self {
+        KeyForms {
+            prefixes: prefixes.into_iter().map(|p| p.as_ref().into()).collect(),
+            checksum,
+            foreign,
+        }
+    }
+
+    /// Whether a presented key can be one that this gate knows. Costs a CRC at most, no hashing and no lookup.
+    #[inline]
+    pub fn admits(&self, presented: &[u8]) -> bool {
+        match self.prefixes.iter().find(|prefix| presented.starts_with(prefix)) {
+            Some(prefix) => {
+                let form = presented.len() == prefix.len() + RANDOM_LEN + CHECKSUM_LEN
+                    && presented[prefix.len()..].iter().all(u8::is_ascii_alphanumeric);
+                match self.checksum {
+                    Checksum::Required => form && has_checksum(presented),
+                    Checksum::Optional => (form && has_checksum(presented)) || foreign_form(presented),
+                }
+            }
+            None => self.foreign == Foreign::Accept && foreign_form(presented),
+        }
+    }
+}
+
+fn has_checksum(key: &[u8]) -> bool {
+    let (payload, digits) = key.split_at(key.len() - CHECKSUM_LEN);
+    checksum(payload) == digits
+}
+
+fn foreign_form(presented: &[u8]) -> bool {
+    (FOREIGN_MIN_LEN..=FOREIGN_MAX_LEN).contains(&presented.len()) && presented.iter().all(u8::is_ascii_graphic)
+}
+
+/// The id of a key (`key_…`): not a secret. Up to 23 bytes are held inline, so that cloning does not allocate.
+#[derive(Clone)]
+pub enum KeyId {
+    #[doc(hidden)]
+    Inline { len: u8, bytes: [u8; KeyId::INLINE] },
+    #[doc(hidden)]
+    Shared(std::sync::Arc<str>),
+}
+
+impl KeyId {
+    /// The longest id that is held inline, in bytes.
+    pub const INLINE: usize = 23;
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        match self {
+            // An inline id was copied from a `str` whole, so it is UTF-8.
+            KeyId::Inline { len, bytes } => std::str::from_utf8(&bytes[..usize::from(*len)]).unwrap_or_default(),
+            KeyId::Shared(id) => id,
+        }
+    }
+}
+
+impl From<&str> for KeyId {
+    fn from(id: &str) -> Self {
+        let mut bytes = [0; KeyId::INLINE];
+        match bytes.get_mut(..id.len()) {
+            Some(inline) => {
+                inline.copy_from_slice(id.as_bytes());
+                KeyId::Inline {
+                    len: id.len() as u8,
+                    bytes,
+                }
+            }
+            None => KeyId::Shared(id.into()),
+        }
+    }
+}
+
+impl fmt::Debug for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl PartialEq for KeyId {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_str() == other.as_str()
+    }
+}
+
+impl Eq for KeyId {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(prefix: &str, random: char) -> String {
+        let payload = format!("{prefix}{}", random.to_string().repeat(RANDOM_LEN));
+        let digits = checksum(payload.as_bytes());
+        payload + std::str::from_utf8(&digits).unwrap()
+    }
+
+    fn forms(checksum: Checksum, foreign: Foreign) -> KeyForms {
+        KeyForms::new(["pxk_live_", "pxk_test_"], checksum, foreign)
+    }
+
+    #[test]
+    fn the_checksum_is_crc32_in_base62_with_leading_zeros() {
+        // CRC-32/ISO-HDLC("123456789") = 0xCBF43926 = 3421780262, the check value of the CRC catalogue.
+        let mut expected = 3_421_780_262_u64;
+        let mut digits = vec![];
+        for _ in 0..CHECKSUM_LEN {
+            digits.insert(0, BASE62[(expected % 62) as usize]);
+            expected /= 62;
+        }
+        assert_eq!(checksum(b"123456789").to_vec(), digits);
+        assert_eq!(&checksum(b""), b"000000");
+    }
+
+    #[test]
+    fn a_well_formed_key_is_admitted_and_any_changed_character_is_not() {
+        let forms = forms(Checksum::Required, Foreign::Refuse);
+        let good = key("pxk_live_", 'a');
+        assert!(forms.admits(good.as_bytes()));
+        for at in 0..good.len() {
+            let mut bad = good.clone().into_bytes();
+            bad[at] = if bad[at] == b'x' { b'y' } else { b'x' };
+            assert!(!forms.admits(&bad), "{at}");
+        }
+        for bad in [
+            "",
+            "pxk_live_",
+            &good[..good.len() - 1],
+            &format!("{good}0"),
+            &good.to_uppercase(),
+        ] {
+            assert!(!forms.admits(bad.as_bytes()), "{bad}");
+        }
+    }
+
+    #[test]
+    fn older_keys_and_foreign_keys_only_where_the_settings_say_so() {
+        let old = b"pxk_live_issued-by-an-older-system";
+        assert!(!forms(Checksum::Required, Foreign::Accept).admits(old));
+        assert!(forms(Checksum::Optional, Foreign::Refuse).admits(old));
+        let foreign = b"ak_0123456789abcdef0123456789abcdef";
+        assert!(!forms(Checksum::Optional, Foreign::Refuse).admits(foreign));
+        assert!(forms(Checksum::Required, Foreign::Accept).admits(foreign));
+        for bad in [
+            &b"fifteen-bytes-x"[..],
+            &[b'a'; 129],
+            b"sixteen bytes ok",
+            b"sixteen\x7fbytes-ok!",
+        ] {
+            assert!(!forms(Checksum::Required, Foreign::Accept).admits(bad));
+        }
+    }
+
+    #[test]
+    fn ids_of_any_length_come_back_whole() {
+        for len in [0, 1, 22, 23, 24, 25, 64, 200] {
+            let id = "k".repeat(len);
+            assert_eq!(KeyId::from(id.as_str()).as_str(), id);
+        }
+    }
+}

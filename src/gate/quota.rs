@@ -1,0 +1,295 @@
+//! The windows of one key: one per tier it has been used in, made at the first use and given back when idle.
+//!
+//! They belong to the key, not to its record: a refresh, a rotation or a changed limit finds the same windows.
+//!
+//! # Protocol
+//! The first tier's window lies in [`KeyWindows`] itself, so that a key used in one tier costs one cache miss;
+//! further ones, and replacements, are pushed on `more`, newest first. For one tier the newest window counts;
+//! older ones are closed and give no permits.
+//! - **Replace** (another window length, or a limit that the packed form cannot hold): close the newest window of
+//!   the tier, make a successor from its counts, and push it by compare-and-swap on the head that was searched. A
+//!   thread that loses searches again and finds the winner's. Closing is final and the counts of a closed window
+//!   no longer change, so every would-be successor holds all of them.
+//! - **Give back**: close every window if all are idle, then swap the head of `more` to a sentinel. Only if that
+//!   succeeds, after which nothing can be pushed, is the whole [`KeyWindows`] taken out of the key's slot. A
+//!   request that meets the sentinel looks the slot up again. If a push came first, the closed windows are
+//!   replaced on demand like any other.
+
+use super::limit::Limit;
+use super::scope::NameId;
+use super::window::{Refused, Taken, Window, WindowCounts};
+use arc_swap::ArcSwapOption;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// The windows of one key.
+#[derive(Debug)]
+pub(super) struct KeyWindows {
+    first: TierWindow,
+    /// Requests under way. Relaxed everywhere: it is a counter that guards no other memory.
+    in_flight: AtomicU32,
+    more: ArcSwapOption<Node>,
+}
+
+#[derive(Debug)]
+struct TierWindow {
+    window: Window,
+    tier: NameId,
+    /// Permits given and not yet drained by the meter. Relaxed: nothing is read on the strength of it.
+    permits: AtomicU64,
+    refused: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Node {
+    /// `None` in the sentinel that says these windows are given back.
+    own: Option<TierWindow>,
+    next: Option<Arc<Node>>,
+}
+
+/// The windows were given back: look the key's slot up again.
+#[derive(Debug)]
+pub(super) struct GivenBack;
+
+/// How taking a permit ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Taken {
+        taken: Taken,
+        /// The meter had drained everything before this permit: the key is to be marked for it.
+        newly_active: bool,
+    },
+    Limited {
+        retry_after_s: u32,
+        reset_s: u32,
+    },
+}
+
+impl KeyWindows {
+    /// Windows of a key that is first used in this tier now.
+    pub fn new(tier: NameId, limit: Limit, now_ns: u64) -> Self {
+        KeyWindows {
+            first: TierWindow::new(tier, Window::new(limit, now_ns)),
+            in_flight: AtomicU32::new(0),
+            more: ArcSwapOption::empty(),
+        }
+    }
+
+    /// One permit from the tier's window. Allocates only at the first use of a tier and at a replacement.
+    #[inline]
+    pub fn take(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<Outcome, GivenBack> {
+        self.on_window(tier, limit, now_ns, |own| {
+            Ok(match own.window.take(limit, 1, now_ns) {
+                Ok(taken) => {
+                    let newly_active = own.permits.fetch_add(1, Ordering::Relaxed) == 0;
+                    Outcome::Taken { taken, newly_active }
+                }
+                Err(refused) => {
+                    let limited = limited(refused)?;
+                    own.refused.fetch_add(1, Ordering::Relaxed);
+                    limited
+                }
+            })
+        })
+    }
+
+    /// Whether a permit could be had now; spends nothing. `Ok(None)`: it could.
+    pub fn peek(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<Option<Outcome>, GivenBack> {
+        self.on_window(tier, limit, now_ns, |own| match own.window.peek(limit, 1, now_ns) {
+            Ok(()) => Ok(None),
+            Err(refused) => limited(refused).map(Some),
+        })
+    }
+
+    /// Runs `act` on the newest window of the tier, made or replaced first where need be.
+    #[inline]
+    fn on_window<R>(
+        &self,
+        tier: NameId,
+        limit: Limit,
+        now_ns: u64,
+        act: impl Fn(&TierWindow) -> Result<R, Replace>,
+    ) -> Result<R, GivenBack> {
+        loop {
+            let head = self.more.load();
+            if let Some(node) = &*head
+                && node.own.is_none()
+            {
+                return Err(GivenBack);
+            }
+            let found = newest(head.as_ref(), tier).or_else(|| (self.first.tier == tier).then_some(&self.first));
+            if let Some(own) = found
+                && let Ok(result) = act(own)
+            {
+                return Ok(result);
+            }
+            let window = match found {
+                Some(own) => Window::import(limit, &own.window.close_and_export(), now_ns),
+                None => Window::new(limit, now_ns),
+            };
+            let node = Node {
+                own: Some(TierWindow::new(tier, window)),
+                next: head.clone(),
+            };
+            // Failing means that another thread pushed first: search again, and drop ours.
+            self.more.compare_and_swap(&head, Some(Arc::new(node)));
+        }
+    }
+
+    /// Reserves a place under the concurrency cap; `false` where all are taken.
+    pub fn enter(&self, max_in_flight: u32) -> bool {
+        let entered = self.in_flight.fetch_add(1, Ordering::Relaxed) < max_in_flight;
+        if !entered {
+            self.leave();
+        }
+        entered
+    }
+
+    fn leave(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Takes the counts of permits and refusals since the last call.
+    pub fn drain(&self, mut each: impl FnMut(NameId, u64, u64)) {
+        self.for_each(|own| {
+            let counts = (
+                own.permits.swap(0, Ordering::Relaxed),
+                own.refused.swap(0, Ordering::Relaxed),
+            );
+            if counts != (0, 0) {
+                each(own.tier, counts.0, counts.1);
+            }
+        });
+    }
+
+    /// The counts of every tier's newest window.
+    pub fn export(&self, now_ns: u64, mut each: impl FnMut(NameId, u64, WindowCounts)) {
+        let mut seen: Vec<NameId> = vec![];
+        self.for_each(|own| {
+            if !seen.contains(&own.tier) {
+                seen.push(own.tier);
+                each(own.tier, own.window.window_ms(), own.window.export(now_ns));
+            }
+        });
+    }
+
+    /// Puts counts of an earlier process into a tier's window, beside what it holds.
+    pub fn restore(&self, tier: NameId, limit: Limit, counts: &WindowCounts, now_ns: u64) -> Result<(), GivenBack> {
+        loop {
+            let head = self.more.load();
+            if head.as_ref().is_some_and(|node| node.own.is_none()) {
+                return Err(GivenBack);
+            }
+            let found = newest(head.as_ref(), tier).or_else(|| (self.first.tier == tier).then_some(&self.first));
+            let mut all = counts.clone();
+            if let Some(own) = found {
+                all.merge(&own.window.close_and_export());
+            }
+            let window = Window::import(limit, &all, now_ns);
+            let node = Node {
+                own: Some(TierWindow::new(tier, window)),
+                next: head.clone(),
+            };
+            let before = self.more.compare_and_swap(&head, Some(Arc::new(node)));
+            if same(before.as_ref(), head.as_ref()) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Gives all windows back if none has counted anything within its length and no request is under way.
+    /// `true`: nothing can be taken from them any more, and the slot must forget them.
+    pub fn give_back_if_idle(&self, now_ns: u64) -> bool {
+        if self.in_flight.load(Ordering::Relaxed) != 0 {
+            return false;
+        }
+        let head = self.more.load_full();
+        let mut all_idle = true;
+        self.for_each(|own| all_idle = all_idle && own.window.retire_if_idle(now_ns));
+        if !all_idle {
+            return false;
+        }
+        let closed = Arc::new(Node {
+            own: None,
+            next: head.clone(),
+        });
+        let before = self.more.compare_and_swap(&head, Some(closed));
+        same(before.as_ref(), head.as_ref())
+    }
+
+    fn for_each(&self, mut each: impl FnMut(&TierWindow)) {
+        let head = self.more.load();
+        let mut next = head.as_ref();
+        while let Some(node) = next {
+            if let Some(own) = &node.own {
+                each(own);
+            }
+            next = node.next.as_ref();
+        }
+        each(&self.first);
+    }
+}
+
+/// The window must be replaced before it can be used.
+struct Replace;
+
+fn limited(refused: Refused) -> Result<Outcome, Replace> {
+    match refused {
+        Refused::Limited { retry_after_s, reset_s } => Ok(Outcome::Limited { retry_after_s, reset_s }),
+        // A cost of one always fits: limits start at one.
+        Refused::NeverFits => Ok(Outcome::Limited {
+            retry_after_s: u32::MAX,
+            reset_s: 0,
+        }),
+        Refused::Retired | Refused::Outgrown => Err(Replace),
+    }
+}
+
+fn newest(head: Option<&Arc<Node>>, tier: NameId) -> Option<&TierWindow> {
+    let mut next = head;
+    while let Some(node) = next {
+        if let Some(own) = &node.own
+            && own.tier == tier
+        {
+            return Some(own);
+        }
+        next = node.next.as_ref();
+    }
+    None
+}
+
+fn same(one: Option<&Arc<Node>>, other: Option<&Arc<Node>>) -> bool {
+    match (one, other) {
+        (None, None) => true,
+        (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+        _ => false,
+    }
+}
+
+impl TierWindow {
+    fn new(tier: NameId, window: Window) -> Self {
+        TierWindow {
+            window,
+            tier,
+            permits: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }
+    }
+}
+
+/// A place under a key's concurrency cap, given back when dropped.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<KeyWindows>);
+
+impl InFlight {
+    /// The place that [`KeyWindows::enter`] reserved in `windows`.
+    pub fn entered(windows: Arc<KeyWindows>) -> Self {
+        InFlight(windows)
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}

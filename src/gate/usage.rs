@@ -1,0 +1,260 @@
+//! What the gate has counted, for the meter: permits and refusals exactly once each, windows for the journal.
+//!
+//! The decision marks a key in a bitmap when its count leaves zero, so draining costs only what was active.
+
+use super::Gate;
+use super::quota::KeyWindows;
+use super::slots::{Mark, Slot, SlotId};
+use super::verdict::{REASON_CODES, Reason};
+use super::window::WindowCounts;
+use crate::clock::Now;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Permits of one key in one tier since the last drain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PermitUse {
+    /// The key.
+    pub key_id: Box<str>,
+    /// The tier.
+    pub tier: Box<str>,
+    /// The key's environment.
+    pub environment: Box<str>,
+    /// Permits given.
+    pub permits: u64,
+    /// Requests refused for the tier's limit.
+    pub limited: u64,
+}
+
+/// When a secret was last used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretUse {
+    /// The key.
+    pub key_id: Box<str>,
+    /// The first eight bytes of the secret's digest.
+    pub digest_prefix: [u8; 8],
+    /// Unix time in seconds.
+    pub at_s: u32,
+}
+
+/// Refusals of one code since the last drain, those for a tier's limit aside (they are in [`PermitUse`]).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusalUse {
+    /// The code.
+    pub code: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// The counts of one window, for the journal.
+#[derive(Clone, Debug)]
+pub struct WindowState {
+    /// The key.
+    pub key_id: Box<str>,
+    /// The tier.
+    pub tier: Box<str>,
+    /// The window's length.
+    pub window_ms: u64,
+    /// What it has counted, in times of [`Now::elapsed_ns`].
+    pub counts: WindowCounts,
+}
+
+/// Refusals by code. Relaxed: they guard nothing.
+#[derive(Debug, Default)]
+pub(super) struct RefusalCounts([AtomicU64; REASON_CODES.len()]);
+
+impl RefusalCounts {
+    pub fn add(&self, reason: &Reason) {
+        self.0[reason.index()].fetch_add(1, Relaxed);
+    }
+}
+
+/// Counts of keys that were forgotten before the meter came by.
+#[derive(Debug, Default)]
+pub(super) struct Leftovers {
+    permits: Vec<PermitUse>,
+    secrets: Vec<SecretUse>,
+    /// Windows that a request may still be counting in.
+    leaving: Vec<(Box<str>, Box<str>, Arc<KeyWindows>)>,
+}
+
+impl Gate {
+    /// Takes all counts of permits, and of refusals for a tier's limit, since the last call: exactly once each; and
+    /// the last use of every secret that was used.
+    pub fn drain_permits(&self, each: &mut dyn FnMut(PermitUse), each_secret: &mut dyn FnMut(SecretUse)) {
+        // The writer's lock keeps slots from being given back meanwhile.
+        let drained = self.with_writer(|_| {
+            self.slots.drain(Mark::Permits, |owner, slot| {
+                let Some(windows) = slot.windows.load_full() else {
+                    return;
+                };
+                self.drain_key(owner, slot, &windows, each, each_secret);
+                // The journal's mark was made when the count left zero, and may have been taken since.
+                self.slots.mark(owner, Mark::Windows);
+            });
+        });
+        if drained.is_none() {
+            return;
+        }
+        let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
+        leftovers.permits.drain(..).for_each(&mut *each);
+        leftovers.secrets.drain(..).for_each(each_secret);
+        leftovers.leaving.retain(|(key_id, environment, windows)| {
+            // Alone with them, nobody can count any more: what is there now is all there will be.
+            let alone = Arc::strong_count(windows) == 1;
+            self.drain_windows_of(key_id, environment, windows, each);
+            !alone
+        });
+    }
+
+    /// Takes the refusals since the last call, but for those of a tier's limit.
+    pub fn drain_refusals(&self, each: &mut dyn FnMut(RefusalUse)) {
+        for (code, count) in REASON_CODES.iter().zip(&self.refusals.0) {
+            let count = count.swap(0, Relaxed);
+            if count > 0 {
+                each(RefusalUse { code, count });
+            }
+        }
+    }
+
+    /// The windows that changed since the last call.
+    pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState)) {
+        self.with_writer(|_| {
+            self.slots.drain(Mark::Windows, |_, slot| {
+                let Some(windows) = slot.windows.load_full() else {
+                    return;
+                };
+                let key_id = slot.key_id();
+                windows.export(now.elapsed_ns, |tier, window_ms, counts| {
+                    each(WindowState {
+                        key_id: key_id.as_str().into(),
+                        tier: self.names.tiers.name(tier),
+                        window_ms,
+                        counts,
+                    });
+                });
+            });
+        });
+    }
+
+    /// Puts counts of an earlier process back, beside what has been counted since. Works before the key is known.
+    pub fn restore_window(&self, key_id: &str, tier: &str, counts: &WindowCounts, now: Now) {
+        let Ok(tier) = self.names.tiers.number(tier) else {
+            return;
+        };
+        let policy = self.policy.load();
+        self.with_writer(|writer| {
+            let Ok((owner, _)) = writer.find_or_add(&self.slots, key_id) else {
+                return;
+            };
+            let Some(slot) = self.slots.get(owner) else { return };
+            let plan = slot.terms.load().as_ref().map(|terms| terms.plan);
+            let plan = plan.map_or_else(|| policy.base(), |plan| policy.plan(plan));
+            // A tier that is in no settings any more has no limit to count against.
+            let Some(limit) = plan.limit(tier) else { return };
+            loop {
+                let windows = self.windows_of(owner, slot, tier, limit, now);
+                if windows.restore(tier, limit, counts, now.elapsed_ns).is_ok() {
+                    break;
+                }
+            }
+            self.slots.mark(owner, Mark::Windows);
+        });
+    }
+
+    /// Gives windows back that have been idle for longer than they are long. Called every few seconds, off the
+    /// request path; memory follows the active keys.
+    pub fn give_back_idle(&self, now: Now) {
+        self.addresses.forget_idle(now);
+        self.with_writer(|_| {
+            let mut live = vec![];
+            self.slots.drain(Mark::Live, |owner, slot| {
+                let Some(windows) = slot.windows.load_full() else {
+                    return;
+                };
+                if !windows.give_back_if_idle(now.elapsed_ns) {
+                    live.push(owner);
+                    return;
+                }
+                slot.windows.compare_and_swap(&Some(windows.clone()), None);
+                self.keep_leaving(slot, windows);
+            });
+            live.into_iter().for_each(|owner| self.slots.mark(owner, Mark::Live));
+        });
+    }
+
+    /// Keeps what a key has counted, because its slot is about to be given back.
+    pub(super) fn keep_counts_of(&self, owner: SlotId, slot: &Slot) {
+        let mut kept = Leftovers::default();
+        if let Some(windows) = slot.windows.swap(None) {
+            self.drain_key(
+                owner,
+                slot,
+                &windows,
+                &mut |permits| kept.permits.push(permits),
+                &mut |secret| {
+                    kept.secrets.push(secret);
+                },
+            );
+            self.keep_leaving(slot, windows);
+        }
+        let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
+        leftovers.permits.append(&mut kept.permits);
+        leftovers.secrets.append(&mut kept.secrets);
+    }
+
+    fn keep_leaving(&self, slot: &Slot, windows: Arc<KeyWindows>) {
+        let environment = slot
+            .terms
+            .load()
+            .as_ref()
+            .map_or_else(Box::default, |terms| terms.environment.clone());
+        let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
+        leftovers
+            .leaving
+            .push((slot.key_id().as_str().into(), environment, windows));
+    }
+
+    fn drain_key(
+        &self,
+        owner: SlotId,
+        slot: &Slot,
+        windows: &KeyWindows,
+        each: &mut dyn FnMut(PermitUse),
+        each_secret: &mut dyn FnMut(SecretUse),
+    ) {
+        let key_id = slot.key_id();
+        let environment = slot
+            .terms
+            .load()
+            .as_ref()
+            .map_or_else(Box::default, |terms| terms.environment.clone());
+        self.drain_windows_of(key_id.as_str(), &environment, windows, each);
+        let mut next = Some(owner);
+        while let Some(secret) = next.and_then(|id| self.slots.get(id)) {
+            let at_s = secret.last_used_s.load(Relaxed);
+            if at_s != 0 {
+                let digest = secret.digest().0;
+                let digest_prefix = digest.first_chunk().copied().unwrap_or_default();
+                each_secret(SecretUse {
+                    key_id: key_id.as_str().into(),
+                    digest_prefix,
+                    at_s,
+                });
+            }
+            next = Some(secret.sibling.load(Relaxed));
+        }
+    }
+
+    fn drain_windows_of(&self, key_id: &str, environment: &str, windows: &KeyWindows, each: &mut dyn FnMut(PermitUse)) {
+        windows.drain(|tier, permits, limited| {
+            each(PermitUse {
+                key_id: key_id.into(),
+                tier: self.names.tiers.name(tier),
+                environment: environment.into(),
+                permits,
+                limited,
+            });
+        });
+    }
+}

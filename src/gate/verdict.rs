@@ -1,0 +1,200 @@
+//! What the gate's decision returns: a permit, which only the gate can make, or a refusal, which is data.
+//!
+//! Nothing here knows a status code; `proxy/response.rs` is the one place that turns a refusal into HTTP.
+
+use super::key::KeyId;
+use super::limit::Limit;
+use super::quota::InFlight;
+use super::route::{Route, Tier};
+use super::snapshot::Terms;
+use http::HeaderValue;
+use std::sync::Arc;
+
+/// Proof that a request may pass. Only [`super::Gate::check`] makes one; dropping it ends the request's place
+/// under the concurrency cap, so it lives as long as the request.
+#[derive(Debug)]
+#[must_use = "a permit that is dropped at once frees its place under the concurrency cap"]
+pub struct Permit {
+    pub(super) route: Arc<Route>,
+    pub(super) holder: Option<Holder>,
+    pub(super) rate: Option<RateStatus>,
+    pub(super) credential_in_authorization: bool,
+    pub(super) sandbox: bool,
+    pub(super) _in_flight: Option<InFlight>,
+}
+
+impl Permit {
+    /// The rule that the request falls under.
+    pub fn route(&self) -> &Arc<Route> {
+        &self.route
+    }
+
+    /// Whose request it is; nobody's on a public rule.
+    pub fn holder(&self) -> Option<&Holder> {
+        self.holder.as_ref()
+    }
+
+    /// What is left of the limit, where one was counted.
+    pub fn rate(&self) -> Option<&RateStatus> {
+        self.rate.as_ref()
+    }
+
+    /// Whether the `Authorization` header carried the key, and so must not travel upstream. On a public rule no
+    /// credential was looked at, and none is taken for one.
+    pub fn credential_in_authorization(&self) -> bool {
+        self.credential_in_authorization
+    }
+
+    /// The upstream that the request goes to: the rule's sandbox one for keys of environments that are not billed.
+    pub fn upstream(&self) -> &str {
+        match &self.route.sandbox_upstream {
+            Some(sandbox) if self.sandbox => sandbox,
+            _ => &self.route.upstream,
+        }
+    }
+}
+
+/// Whose request it is: what upstreams are told and logs may say. Never the secret.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    pub(super) id: KeyId,
+    pub(super) terms: Arc<Terms>,
+}
+
+impl Holder {
+    /// The id of the key.
+    pub fn key_id(&self) -> &str {
+        self.id.as_str()
+    }
+
+    /// The organisation that owns it.
+    pub fn organization(&self) -> &str {
+        &self.terms.organization
+    }
+
+    /// The key's environment.
+    pub fn environment(&self) -> &str {
+        &self.terms.environment
+    }
+
+    /// The organisation, environment and scopes (separated by spaces) as header values, built once for all
+    /// keys that share them.
+    pub fn headers(&self) -> &IdentityHeaders {
+        &self.terms.headers
+    }
+}
+
+/// Header values that say whose request it is.
+#[derive(Clone, Debug)]
+pub struct IdentityHeaders {
+    /// The organisation's id.
+    pub organization: HeaderValue,
+    /// The environment's name.
+    pub environment: HeaderValue,
+    /// The key's scopes, separated by spaces.
+    pub scopes: HeaderValue,
+}
+
+/// What is left of a limit: the numbers of the `RateLimit` and `RateLimit-Policy` fields
+/// (draft-ietf-httpapi-ratelimit-headers-10).
+#[derive(Clone, Debug)]
+pub struct RateStatus {
+    /// The tier, which names the policy.
+    pub tier: Arc<Tier>,
+    /// The limit.
+    pub limit: Limit,
+    /// Permits left now (`r`).
+    pub remaining: u32,
+    /// Whole seconds until the oldest counted permit leaves the window (`t`).
+    pub reset_s: u32,
+}
+
+/// Why a request may not pass.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The reason.
+    pub reason: Reason,
+    /// The rule that it fell under, where one was chosen.
+    pub route: Option<Arc<Route>>,
+    /// Whose key it was, where that is known.
+    pub holder: Option<Holder>,
+    /// What is left of the limit, where a permit was asked for.
+    pub rate: Option<RateStatus>,
+}
+
+/// The reason of a refusal, with what a client needs to act on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// No credential.
+    MissingKey,
+    /// A key that cannot be one of ours: prefix, length, characters or checksum are wrong.
+    MalformedKey,
+    /// A well-formed key that is in nobody's records.
+    UnknownKey,
+    /// Two different keys, or a credential header twice.
+    ConflictingCredentials,
+    /// The key was revoked, or this secret is past its grace period.
+    RevokedKey,
+    /// The key's expiry date has passed.
+    ExpiredKey,
+    /// The key is switched off.
+    DisabledKey,
+    /// The rule is not for keys of this environment.
+    EnvironmentNotAllowed,
+    /// The key lacks the rule's scope, which the route names.
+    InsufficientScope,
+    /// The tier's limit is used up.
+    RateLimited {
+        /// The smallest whole number of seconds after which a lone client certainly succeeds.
+        retry_after_s: u32,
+    },
+    /// As many requests of this key are under way as its plan allows.
+    TooManyInFlight,
+    /// Too many bad credentials from this address.
+    TooManyFailedAttempts {
+        /// Seconds until the address starts afresh.
+        retry_after_s: u32,
+    },
+    /// The gate has no snapshot of the keys yet, or one too old to be trusted.
+    NotReady,
+}
+
+impl Reason {
+    /// The stable code of the reason, as clients, logs and the ledger have it.
+    pub const fn code(&self) -> &'static str {
+        REASON_CODES[self.index()]
+    }
+
+    pub(super) const fn index(&self) -> usize {
+        match self {
+            Reason::MissingKey => 0,
+            Reason::MalformedKey | Reason::UnknownKey => 1,
+            Reason::ConflictingCredentials => 2,
+            Reason::RevokedKey => 3,
+            Reason::ExpiredKey => 4,
+            Reason::DisabledKey => 5,
+            Reason::EnvironmentNotAllowed => 6,
+            Reason::InsufficientScope => 7,
+            Reason::RateLimited { .. } => 8,
+            Reason::TooManyInFlight => 9,
+            Reason::TooManyFailedAttempts { .. } => 10,
+            Reason::NotReady => 11,
+        }
+    }
+}
+
+/// The codes of section 2 of the contract that a decision can end in, by [`Reason::index`].
+pub const REASON_CODES: [&str; 12] = [
+    "MISSING_API_KEY",
+    "INVALID_API_KEY",
+    "CONFLICTING_CREDENTIALS",
+    "REVOKED_API_KEY",
+    "EXPIRED_API_KEY",
+    "DISABLED_API_KEY",
+    "ENVIRONMENT_NOT_ALLOWED",
+    "INSUFFICIENT_SCOPE",
+    "RATE_LIMITED",
+    "TOO_MANY_IN_FLIGHT",
+    "TOO_MANY_FAILED_ATTEMPTS",
+    "NOT_READY",
+];
