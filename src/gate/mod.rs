@@ -119,6 +119,11 @@ impl Gate {
         self.snapshot.load().is_some() && !self.stale.load(Relaxed)
     }
 
+    /// Whether an `Authorization` value carries what could be one of our keys.
+    pub fn is_bearer_key(&self, authorization: &[u8]) -> bool {
+        credential::bearer_token(authorization).is_some_and(|token| self.policy.load().forms.admits(token))
+    }
+
     /// Decides. The first step that fails answers; a refused request spends nothing.
     ///
     /// # Errors

@@ -1,1 +1,496 @@
+//! The only `ProxyHttp`: Pingora's phases, turned into the gate's steps.
+//!
+//! `request_filter` asks the gate and answers refusals; `upstream_request_filter` takes the credential and everything
+//! of our namespace off the request and says whose it is; `response_filter` tells what is left of the limit.
 
+pub mod access_log;
+mod metrics;
+mod request_id;
+pub mod response;
+pub mod upstream;
+
+pub use metrics::ProxyMetrics;
+pub use response::{Answer, ResponseSettings};
+pub use upstream::{Timeouts, UpstreamSettings};
+
+use crate::clock::{Clock, Now};
+use crate::gate::{Access, Gate, Permit, Refusal, RequestHead};
+use access_log::{AccessLog, Entry};
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, HOST, UPGRADE};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::modules::http::HttpModules;
+use pingora::protocols::Digest;
+use pingora::proxy::{FailToProxy, ProxyHttp, Session};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorSource, ErrorType, OrErr};
+use request_id::RequestIds;
+use response::X_REQUEST_ID;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use upstream::Upstreams;
+
+/// The proxy's settings. Another set can be put in force at any time ([`Proxy::reload`]).
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The namespace of our headers: lower case, ends in `-`.
+    pub header_prefix: String,
+    /// How answers look.
+    pub response: ResponseSettings,
+    /// Where permitted requests go.
+    pub upstreams: Vec<UpstreamSettings>,
+}
+
+/// The proxy behind the strict edge.
+#[derive(Debug)]
+pub struct Proxy {
+    gate: Arc<Gate>,
+    clock: Clock,
+    compiled: ArcSwap<Compiled>,
+    ids: RequestIds,
+    access_log: Option<AccessLog>,
+    metrics: Arc<ProxyMetrics>,
+    in_flight: Arc<AtomicU64>,
+}
+
+/// Settings, made ready for the request path.
+#[derive(Debug)]
+struct Compiled {
+    namespace: String,
+    names: OurHeaders,
+    response: ResponseSettings,
+    upstreams: Upstreams,
+}
+
+/// The names of the headers that tell an upstream whose request it is.
+#[derive(Debug)]
+struct OurHeaders {
+    key_id: HeaderName,
+    organization: HeaderName,
+    environment: HeaderName,
+    scopes: HeaderName,
+    tier: HeaderName,
+}
+
+/// A header prefix that cannot start a header's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadHeaderPrefix(pub String);
+
+impl Proxy {
+    /// A proxy that asks `gate`.
+    ///
+    /// # Errors
+    /// [`BadHeaderPrefix`].
+    pub fn new(
+        settings: &Settings,
+        gate: Arc<Gate>,
+        clock: Clock,
+        access_log: Option<AccessLog>,
+    ) -> Result<Self, BadHeaderPrefix> {
+        Ok(Proxy {
+            gate,
+            clock,
+            compiled: ArcSwap::from_pointee(Compiled::new(settings)?),
+            ids: RequestIds::default(),
+            access_log,
+            metrics: Arc::new(ProxyMetrics::default()),
+            in_flight: Arc::default(),
+        })
+    }
+
+    /// Puts other settings in force for requests that come from now on.
+    ///
+    /// # Errors
+    /// [`BadHeaderPrefix`]; the old settings then stay.
+    pub fn reload(&self, settings: &Settings) -> Result<(), BadHeaderPrefix> {
+        self.compiled.store(Arc::new(Compiled::new(settings)?));
+        Ok(())
+    }
+
+    /// What has been counted.
+    pub fn metrics(&self) -> Arc<ProxyMetrics> {
+        self.metrics.clone()
+    }
+
+    /// How many requests are under way.
+    pub fn in_flight(&self) -> Arc<AtomicU64> {
+        self.in_flight.clone()
+    }
+
+    async fn answer(&self, session: &mut Session, context: &mut Context, answer: &Answer) -> pingora::Result<()> {
+        context.decision = answer.code;
+        let compiled = self.compiled.load_full();
+        let request = session.req_header();
+        let problem = response::prefers_problem(&request.headers);
+        let head_only = request.method == Method::HEAD;
+        let request_id = context
+            .request_id
+            .get_or_insert_with(|| self.ids.of(&request.headers))
+            .clone();
+        let (body, content_type) = answer.body(request_id.to_str().unwrap_or_default(), problem);
+        let mut head = answer.head(&compiled.response, content_type, body.len(), &request_id)?;
+        if let Some(rate) = context.refusal.as_ref().and_then(|refusal| refusal.rate.as_ref()) {
+            response::add_rate_limit(&mut head, &compiled.response, rate)?;
+        }
+        session.write_response_header(Box::new(head), head_only).await?;
+        if !head_only {
+            session.write_response_body(Some(Bytes::from(body)), true).await?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, session: &Session, context: &mut Context) -> Result<Permit, Refusal> {
+        let request = session.req_header();
+        let head = RequestHead {
+            method: &request.method,
+            host: host_of(request),
+            path: request.uri.path(),
+            headers: &request.headers,
+            client: context.client,
+        };
+        self.gate.check(&head, context.now)
+    }
+}
+
+impl Compiled {
+    fn new(settings: &Settings) -> Result<Self, BadHeaderPrefix> {
+        let name = |suffix: &str| {
+            HeaderName::try_from(format!("{}{suffix}", settings.header_prefix))
+                .map_err(|_| BadHeaderPrefix(settings.header_prefix.clone()))
+        };
+        Ok(Compiled {
+            namespace: settings.header_prefix.to_ascii_lowercase(),
+            names: OurHeaders {
+                key_id: name("key-id")?,
+                organization: name("organization-id")?,
+                environment: name("environment")?,
+                scopes: name("scopes")?,
+                tier: name("tier")?,
+            },
+            response: settings.response.clone(),
+            upstreams: Upstreams::new(&settings.upstreams),
+        })
+    }
+}
+
+/// What is remembered of a request between the phases.
+#[derive(Debug)]
+pub struct Context {
+    now: Now,
+    client: IpAddr,
+    request_id: Option<HeaderValue>,
+    permit: Option<Permit>,
+    refusal: Option<Refusal>,
+    decision: &'static str,
+    upstream_started: Option<Now>,
+    upstream_us: u64,
+    _under_way: UnderWay,
+}
+
+/// Counts a request as under way until it is dropped.
+#[derive(Debug)]
+struct UnderWay(Arc<AtomicU64>);
+
+impl UnderWay {
+    fn new(count: &Arc<AtomicU64>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        UnderWay(count.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The decision of a request that passed.
+pub const PASSED: &str = "PASSED";
+
+#[async_trait]
+impl ProxyHttp for Proxy {
+    type CTX = Context;
+
+    fn new_ctx(&self) -> Context {
+        Context {
+            now: self.clock.now(),
+            client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            request_id: None,
+            permit: None,
+            refusal: None,
+            decision: PASSED,
+            upstream_started: None,
+            upstream_us: 0,
+            _under_way: UnderWay::new(&self.in_flight),
+        }
+    }
+
+    /// None: the compression module that Pingora adds by default costs allocations and changes nothing here.
+    fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
+
+    async fn request_filter(&self, session: &mut Session, context: &mut Context) -> pingora::Result<bool> {
+        if let Some(address) = session.client_addr().and_then(|address| address.as_inet()) {
+            context.client = address.ip();
+        }
+        let method = &session.req_header().method;
+        if method == Method::TRACE || method == Method::CONNECT {
+            self.answer(session, context, &Answer::method_not_allowed()).await?;
+            return Ok(true);
+        }
+        match self.check(session, context) {
+            Ok(permit) => {
+                context.permit = Some(permit);
+                Ok(false)
+            }
+            Err(refusal) => {
+                let answer = Answer::of(&refusal);
+                context.refusal = Some(refusal);
+                self.answer(session, context, &answer).await?;
+                Ok(true)
+            }
+        }
+    }
+
+    async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
+        context.upstream_started = Some(self.clock.now());
+        let name = context.permit.as_ref().map_or("", |permit| permit.upstream());
+        self.compiled
+            .load()
+            .upstreams
+            .next(name)
+            .ok_or_else(|| Error::explain(ErrorType::InternalError, format!("no upstream is called {name:?}")))
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        upstream_request: &mut RequestHeader,
+        context: &mut Context,
+    ) -> pingora::Result<()> {
+        // Without a permit nothing travels upstream, whatever phase order a later Pingora has.
+        let permit = context
+            .permit
+            .as_ref()
+            .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
+        let compiled = self.compiled.load();
+        strip(upstream_request, &compiled.namespace, permit, &self.gate);
+        if upstream_request.version != Version::HTTP_11 && session.req_header().version == Version::HTTP_10 {
+            upstream_request.set_version(Version::HTTP_11);
+        }
+        let names = &compiled.names;
+        if let Some(holder) = permit.holder() {
+            let key_id = HeaderValue::from_str(holder.key_id())
+                .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
+            upstream_request.insert_header(&names.key_id, key_id)?;
+            upstream_request.insert_header(&names.organization, &holder.headers().organization)?;
+            upstream_request.insert_header(&names.environment, &holder.headers().environment)?;
+            upstream_request.insert_header(&names.scopes, &holder.headers().scopes)?;
+        }
+        if let Access::Keyed { tier, .. } = &permit.route().access {
+            upstream_request.insert_header(&names.tier, &tier.header)?;
+        }
+        let request_id = context
+            .request_id
+            .get_or_insert_with(|| self.ids.of(&session.req_header().headers));
+        upstream_request.insert_header(X_REQUEST_ID, request_id.clone())?;
+        Ok(())
+    }
+
+    async fn response_filter(
+        &self,
+        _session: &mut Session,
+        upstream_response: &mut ResponseHeader,
+        context: &mut Context,
+    ) -> pingora::Result<()> {
+        if let Some(started) = context.upstream_started {
+            context.upstream_us = (self.clock.now().elapsed_ns.saturating_sub(started.elapsed_ns)) / 1000;
+        }
+        if let Some(request_id) = &context.request_id {
+            upstream_response.insert_header(X_REQUEST_ID, request_id.clone())?;
+        }
+        if let Some(rate) = context.permit.as_ref().and_then(|permit| permit.rate()) {
+            response::add_rate_limit(upstream_response, &self.compiled.load().response, rate)?;
+        }
+        Ok(())
+    }
+
+    async fn connected_to_upstream(
+        &self,
+        _session: &mut Session,
+        _reused: bool,
+        _peer: &HttpPeer,
+        #[cfg(unix)] _fd: std::os::unix::io::RawFd,
+        _digest: Option<&Digest>,
+        _context: &mut Context,
+    ) -> pingora::Result<()> {
+        Ok(())
+    }
+
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
+        let answer = answer_to(error);
+        let Some(answer) = answer.filter(|_| session.response_written().is_none()) else {
+            context.decision = if *error.esource() == ErrorSource::Upstream {
+                "BAD_GATEWAY"
+            } else {
+                "CLIENT_GONE"
+            };
+            return FailToProxy {
+                error_code: 0,
+                can_reuse_downstream: false,
+            };
+        };
+        let written = self.answer(session, context, &answer).await;
+        FailToProxy {
+            error_code: answer.status.as_u16(),
+            can_reuse_downstream: written.is_ok(),
+        }
+    }
+
+    async fn logging(&self, session: &mut Session, _error: Option<&Error>, context: &mut Context) {
+        let status = session
+            .response_written()
+            .map_or(0, |response| response.status.as_u16());
+        let route = context
+            .permit
+            .as_ref()
+            .map(Permit::route)
+            .or(context.refusal.as_ref().and_then(|r| r.route.as_ref()));
+        let tier = match route.map(|route| &route.access) {
+            Some(Access::Keyed { tier, .. }) => &*tier.name,
+            _ => "",
+        };
+        let duration_us = self.clock.now().elapsed_ns.saturating_sub(context.now.elapsed_ns) / 1000;
+        self.metrics
+            .record(context.decision, tier, status, duration_us, context.upstream_us);
+        let Some(access_log) = &self.access_log else { return };
+        let request = session.req_header();
+        let holder = context
+            .permit
+            .as_ref()
+            .and_then(Permit::holder)
+            .or(context.refusal.as_ref().and_then(|r| r.holder.as_ref()));
+        access_log.log(&Entry {
+            unix_ms: context.now.unix_ms,
+            client: &context.client.to_string(),
+            request_id: context
+                .request_id
+                .as_ref()
+                .and_then(|id| id.to_str().ok())
+                .unwrap_or("-"),
+            method: request.method.as_str(),
+            host: host_of(request),
+            path: request.uri.path(),
+            status,
+            decision: context.decision,
+            route: route.map_or("", |route| &route.name),
+            tier,
+            key_id: holder.map_or("", |holder| holder.key_id()),
+            organization: holder.map_or("", |holder| holder.organization()),
+            duration_us,
+            upstream_us: context.upstream_us,
+            bytes_sent: session.body_bytes_sent(),
+            traceparent: request
+                .headers
+                .get("traceparent")
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or_default(),
+        });
+    }
+
+    /// Pingora logs every failed request as an error with its whole summary; the access log has them.
+    fn suppress_error_log(&self, _session: &Session, _context: &Context, _error: &Error) -> bool {
+        true
+    }
+}
+
+/// The host that a request asks for: the authority of an HTTP/2 request or an absolute target, else `Host`.
+fn host_of(request: &RequestHeader) -> &str {
+    match request.uri.authority() {
+        Some(authority) => authority.as_str(),
+        None => request
+            .headers
+            .get(HOST)
+            .and_then(|host| host.to_str().ok())
+            .unwrap_or_default(),
+    }
+}
+
+/// Takes off what must not travel: the credential, everything in our namespace in any spelling, method overrides.
+fn strip(request: &mut RequestHeader, namespace: &str, permit: &Permit, gate: &Gate) {
+    let authorization_is_ours = permit.credential_in_authorization() || carries_our_key(&request.headers, gate);
+    let doomed: Vec<HeaderName> = request
+        .headers
+        .keys()
+        .filter(|name| is_ours(name.as_str(), namespace) || (authorization_is_ours && **name == AUTHORIZATION))
+        .cloned()
+        .collect();
+    for name in doomed {
+        request.remove_header(&name);
+    }
+    if !permit.route().upgrade && request.headers.contains_key(UPGRADE) {
+        request.remove_header(&UPGRADE);
+    }
+}
+
+/// Whether a name is one that only we may set, or that could be read as one: servers that hand headers on as
+/// variables (CGI, WSGI, Rack) make no difference between `-` and `_`.
+fn is_ours(name: &str, namespace: &str) -> bool {
+    const NAMES: [&str; 6] = [
+        "x-api-key",
+        "x-http-method-override",
+        "x-http-method",
+        "x-method-override",
+        // Set afresh.
+        "x-request-id",
+        "x-original-url",
+    ];
+    let same = |ours: &str, theirs: &[u8]| {
+        ours.len() == theirs.len()
+            && ours
+                .bytes()
+                .zip(theirs)
+                .all(|(a, b)| a == *b || (a == b'-' && *b == b'_'))
+    };
+    let starts_with = |prefix: &str| name.len() > prefix.len() && same(prefix, &name.as_bytes()[..prefix.len()]);
+    starts_with(namespace) || starts_with("x-tollgate-") || NAMES.iter().any(|ours| same(ours, name.as_bytes()))
+}
+
+/// Whether a public rule's request carries one of our keys nevertheless: it must not travel either.
+fn carries_our_key(headers: &HeaderMap, gate: &Gate) -> bool {
+    headers
+        .get_all(AUTHORIZATION)
+        .iter()
+        .any(|value| gate.is_bearer_key(value.as_bytes()))
+}
+
+/// What the client is told when the exchange with the upstream failed; `None` where the client itself is gone.
+fn answer_to(error: &Error) -> Option<Answer> {
+    use ErrorType::{
+        ConnectTimedout, ConnectionClosed, HTTPStatus, InvalidHTTPHeader, ReadError, ReadTimedout,
+        TLSHandshakeTimedout, WriteError, WriteTimedout,
+    };
+    match (error.esource(), error.etype()) {
+        (_, HTTPStatus(status)) if *status < 500 => {
+            let status = http::StatusCode::from_u16(*status).unwrap_or(http::StatusCode::BAD_REQUEST);
+            Some(Answer::new(
+                status,
+                "AMBIGUOUS_REQUEST",
+                "The request is not well-formed HTTP.",
+            ))
+        }
+        (ErrorSource::Downstream, WriteError | ReadError | ConnectionClosed | ReadTimedout | WriteTimedout) => None,
+        (ErrorSource::Downstream, InvalidHTTPHeader) | (ErrorSource::Downstream, _) => {
+            Some(Answer::ambiguous("The request is not well-formed HTTP."))
+        }
+        (_, ConnectTimedout | ReadTimedout | WriteTimedout | TLSHandshakeTimedout) => Some(Answer::upstream_timeout()),
+        _ => Some(Answer::bad_gateway()),
+    }
+}
+
+/// How long a refused request's body is read on, so that the connection stays usable.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(5);

@@ -1,1 +1,5 @@
+//! What one sees from outside: logs, metrics, health.
 
+pub mod admin;
+pub mod logs;
+pub mod metrics;

@@ -1,0 +1,382 @@
+//! Where a refusal becomes HTTP: the one place that knows which status, code, message and challenge each has.
+//!
+//! Two forms of the same answer: the envelope `{"success":false,"error":{…}}` as `application/json`, or RFC 9457
+//! `application/problem+json` where the client's `Accept` prefers it.
+
+use crate::gate::{Access, RateStatus, Reason, Refusal};
+use http::header::{ACCEPT, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use pingora::http::ResponseHeader;
+use std::fmt::Write as _;
+
+/// `RateLimit` of draft-ietf-httpapi-ratelimit-headers-10.
+pub const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+/// `RateLimit-Policy` of the same draft.
+pub const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+const LEGACY: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit"),
+    HeaderName::from_static("x-ratelimit-remaining"),
+    HeaderName::from_static("x-ratelimit-reset"),
+];
+/// The request's id, for the client's report and our log.
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// How answers look.
+#[derive(Clone, Debug)]
+pub struct ResponseSettings {
+    /// The realm in `WWW-Authenticate`.
+    pub realm: String,
+    /// Send `RateLimit-Policy` and `RateLimit`.
+    pub rate_limit: bool,
+    /// Send `X-RateLimit-Limit`, `-Remaining` and `-Reset` (delta seconds).
+    pub legacy_rate_limit: bool,
+}
+
+impl Default for ResponseSettings {
+    fn default() -> Self {
+        ResponseSettings {
+            realm: "tollgate".into(),
+            rate_limit: true,
+            legacy_rate_limit: false,
+        }
+    }
+}
+
+/// An answer that the gate gives itself, before it has a form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The stable code that programs act on.
+    pub code: &'static str,
+    /// What a person reads: what is wrong, and what would be right.
+    pub message: String,
+    /// The challenge of a 401, 403 or 400 about credentials, after `Bearer realm="…"`.
+    pub challenge: Option<String>,
+    /// Seconds to wait before the next try.
+    pub retry_after_s: Option<u32>,
+}
+
+impl Answer {
+    /// An answer without challenge and waiting time.
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Answer {
+            status,
+            code,
+            message: message.into(),
+            challenge: None,
+            retry_after_s: None,
+        }
+    }
+
+    /// TRACE and CONNECT.
+    pub fn method_not_allowed() -> Self {
+        Answer::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "METHOD_NOT_ALLOWED",
+            "TRACE and CONNECT are not allowed here.",
+        )
+    }
+
+    /// A request that two readers could read differently.
+    pub fn ambiguous(what: impl Into<String>) -> Self {
+        Answer::new(StatusCode::BAD_REQUEST, "AMBIGUOUS_REQUEST", what)
+    }
+
+    /// The upstream refused the connection, broke it, or answered nonsense.
+    pub fn bad_gateway() -> Self {
+        Answer::new(
+            StatusCode::BAD_GATEWAY,
+            "BAD_GATEWAY",
+            "The service behind the gate could not answer.",
+        )
+    }
+
+    /// The upstream did not answer in time.
+    pub fn upstream_timeout() -> Self {
+        Answer::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "UPSTREAM_TIMEOUT",
+            "The service behind the gate took too long.",
+        )
+    }
+
+    /// The answer to a refusal.
+    pub fn of(refusal: &Refusal) -> Self {
+        let scope = match refusal.route.as_ref().map(|route| &route.access) {
+            Some(Access::Keyed { scope: Some(scope), .. }) => &*scope.name,
+            _ => "",
+        };
+        let unauthorized = |code, message: &str| {
+            let mut answer = Answer::new(StatusCode::UNAUTHORIZED, code, message);
+            answer.challenge = Some(r#", error="invalid_token""#.into());
+            answer
+        };
+        let wait = |status, message: String, retry_after_s| {
+            let mut answer = Answer::new(status, refusal.reason.code(), message);
+            answer.retry_after_s = Some(retry_after_s);
+            answer
+        };
+        let code = refusal.reason.code();
+        match &refusal.reason {
+            Reason::MissingKey => {
+                let message = "An API key is required: send it as 'x-api-key: KEY' or 'Authorization: Bearer KEY'.";
+                Answer {
+                    challenge: Some(String::new()),
+                    ..unauthorized(code, message)
+                }
+            }
+            Reason::MalformedKey | Reason::UnknownKey => unauthorized(code, "The API key is not valid."),
+            Reason::RevokedKey => unauthorized(
+                code,
+                "The API key was revoked, or replaced and its grace period is over.",
+            ),
+            Reason::ExpiredKey => unauthorized(code, "The API key has expired."),
+            Reason::DisabledKey => unauthorized(code, "The API key is disabled."),
+            Reason::ConflictingCredentials => Answer {
+                status: StatusCode::BAD_REQUEST,
+                challenge: Some(r#", error="invalid_request""#.into()),
+                ..unauthorized(
+                    code,
+                    "The request carries more than one credential: send one key, in one header, once.",
+                )
+            },
+            Reason::InsufficientScope => Answer {
+                status: StatusCode::FORBIDDEN,
+                challenge: Some(format!(r#", error="insufficient_scope", scope="{scope}""#)),
+                ..unauthorized(code, &format!("The API key lacks the scope '{scope}'."))
+            },
+            Reason::EnvironmentNotAllowed => {
+                let environment = refusal.holder.as_ref().map_or("", |holder| holder.environment());
+                let message = format!("Keys of the environment '{environment}' are not allowed here.");
+                Answer::new(StatusCode::FORBIDDEN, code, message)
+            }
+            Reason::RateLimited { retry_after_s } => wait(
+                StatusCode::TOO_MANY_REQUESTS,
+                format!("Rate limit exceeded. Retry after {retry_after_s} seconds."),
+                *retry_after_s,
+            ),
+            Reason::TooManyInFlight => wait(
+                StatusCode::TOO_MANY_REQUESTS,
+                "Too many requests of this key are under way.".into(),
+                1,
+            ),
+            Reason::TooManyFailedAttempts { retry_after_s } => wait(
+                StatusCode::TOO_MANY_REQUESTS,
+                format!("Too many bad credentials from this address. Retry after {retry_after_s} seconds."),
+                *retry_after_s,
+            ),
+            Reason::NotReady => wait(StatusCode::SERVICE_UNAVAILABLE, "The gate has no keys yet.".into(), 1),
+        }
+    }
+
+    /// The body, and its content type.
+    pub fn body(&self, request_id: &str, problem: bool) -> (String, &'static str) {
+        let mut body = String::with_capacity(192);
+        let (status, code) = (self.status.as_u16(), self.code);
+        // Writing to a String cannot fail.
+        let _ = if problem {
+            let title = self.status.canonical_reason().unwrap_or("Error");
+            write!(
+                body,
+                r#"{{"type":"about:blank","title":"{title}","status":{status},"detail":"#
+            )
+            .and_then(|()| write_json_string(&mut body, &self.message))
+            .and_then(|()| write!(body, r#","code":"{code}","requestId":"#))
+            .and_then(|()| write_json_string(&mut body, request_id))
+            .and_then(|()| body.write_char('}'))
+        } else {
+            write!(body, r#"{{"success":false,"error":{{"code":"{code}","message":"#)
+                .and_then(|()| write_json_string(&mut body, &self.message))
+                .and_then(|()| body.write_str(r#","requestId":"#))
+                .and_then(|()| write_json_string(&mut body, request_id))
+                .and_then(|()| body.write_str("}}"))
+        };
+        (
+            body,
+            if problem {
+                "application/problem+json"
+            } else {
+                "application/json"
+            },
+        )
+    }
+
+    /// The head of the response, `RateLimit` fields aside.
+    ///
+    /// # Errors
+    /// None in practice: every value is visible ASCII.
+    pub fn head(
+        &self,
+        settings: &ResponseSettings,
+        content_type: &'static str,
+        body_len: usize,
+        request_id: &HeaderValue,
+    ) -> pingora::Result<ResponseHeader> {
+        let mut head = ResponseHeader::build_no_case(self.status, Some(10))?;
+        head.insert_header(CONTENT_TYPE, HeaderValue::from_static(content_type))?;
+        head.insert_header(CONTENT_LENGTH, HeaderValue::from(body_len))?;
+        head.insert_header(CACHE_CONTROL, HeaderValue::from_static("no-store"))?;
+        head.insert_header(X_REQUEST_ID, request_id)?;
+        if let Some(challenge) = &self.challenge {
+            head.insert_header(
+                WWW_AUTHENTICATE,
+                format!(r#"Bearer realm="{}"{challenge}"#, settings.realm),
+            )?;
+        }
+        if let Some(retry_after_s) = self.retry_after_s {
+            head.insert_header(RETRY_AFTER, HeaderValue::from(retry_after_s))?;
+        }
+        Ok(head)
+    }
+}
+
+/// Adds what is left of the limit.
+///
+/// # Errors
+/// None in practice: a tier's name was checked to be a structured field string when the policy was compiled.
+pub fn add_rate_limit(
+    head: &mut ResponseHeader,
+    settings: &ResponseSettings,
+    rate: &RateStatus,
+) -> pingora::Result<()> {
+    let (limit, window_s) = (rate.limit.permits(), rate.limit.window_s());
+    if settings.rate_limit {
+        let name = &rate.tier.name;
+        let mut text = stack_text::Text::new();
+        let _ = write!(text, r#""{name}";q={limit};w={window_s}"#);
+        head.insert_header(RATE_LIMIT_POLICY, text.header_value())?;
+        text.clear();
+        let _ = write!(text, r#""{name}";r={};t={}"#, rate.remaining, rate.reset_s);
+        head.insert_header(RATE_LIMIT, text.header_value())?;
+    }
+    if settings.legacy_rate_limit {
+        for (name, number) in LEGACY.iter().zip([limit, rate.remaining, rate.reset_s]) {
+            head.insert_header(name, HeaderValue::from(number))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the client prefers RFC 9457 over the envelope (RFC 9110 section 12.5.1): it names
+/// `application/problem+json`, and gives it a higher weight than `application/json`, or does not name that.
+pub fn prefers_problem(headers: &HeaderMap) -> bool {
+    let (mut problem, mut json) = (None, None);
+    for value in headers.get_all(ACCEPT) {
+        for range in value.to_str().unwrap_or_default().split(',') {
+            let mut parts = range.split(';').map(str::trim);
+            let name = parts.next().unwrap_or_default();
+            let weight = parts
+                .find_map(|parameter| parameter.strip_prefix("q="))
+                .map_or(1.0, |q| q.parse().unwrap_or(0.0));
+            if name.eq_ignore_ascii_case("application/problem+json") {
+                problem = Some(weight);
+            } else if name.eq_ignore_ascii_case("application/json") {
+                json = Some(weight);
+            }
+        }
+    }
+    problem.is_some_and(|problem: f32| problem > json.unwrap_or(0.0))
+}
+
+fn write_json_string(out: &mut String, text: &str) -> std::fmt::Result {
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            c if u32::from(c) < 0x20 => write!(out, "\\u{:04x}", u32::from(c))?,
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    Ok(())
+}
+
+/// Text built on the stack, for header values that change with every response.
+mod stack_text {
+    use http::HeaderValue;
+    use std::fmt;
+
+    pub struct Text {
+        bytes: [u8; 160],
+        len: usize,
+    }
+
+    impl Text {
+        pub fn new() -> Self {
+            Text {
+                bytes: [0; 160],
+                len: 0,
+            }
+        }
+
+        pub fn clear(&mut self) {
+            self.len = 0;
+        }
+
+        pub fn header_value(&self) -> HeaderValue {
+            HeaderValue::from_bytes(&self.bytes[..self.len]).unwrap_or(HeaderValue::from_static(""))
+        }
+    }
+
+    impl fmt::Write for Text {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            let end = self.len + text.len();
+            self.bytes
+                .get_mut(self.len..end)
+                .ok_or(fmt::Error)?
+                .copy_from_slice(text.as_bytes());
+            self.len = end;
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_are_json_whatever_the_message_holds() {
+        let answer = Answer::ambiguous("a \"quoted\" \\ and \u{1}");
+        for problem in [false, true] {
+            let (body, content_type) = answer.body("id-1", problem);
+            let value: serde_json::Value = serde_json::from_str(&body).unwrap();
+            let (message, id) = if problem {
+                (&value["detail"], &value["requestId"])
+            } else {
+                (&value["error"]["message"], &value["error"]["requestId"])
+            };
+            assert_eq!(message, "a \"quoted\" \\ and \u{1}");
+            assert_eq!(id, "id-1");
+            assert_eq!(content_type.ends_with("problem+json"), problem);
+        }
+    }
+
+    #[test]
+    fn problem_details_only_where_they_are_preferred() {
+        let prefers = |accept: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(ACCEPT, HeaderValue::from_str(accept).unwrap());
+            prefers_problem(&headers)
+        };
+        for accept in [
+            "application/problem+json",
+            "application/problem+json, */*",
+            "application/json;q=0.5, application/problem+json",
+            "text/html, Application/Problem+JSON;q=0.1",
+        ] {
+            assert!(prefers(accept), "{accept}");
+        }
+        for accept in [
+            "*/*",
+            "application/json",
+            "application/json, application/problem+json",
+            "application/problem+json;q=0.4, application/json;q=0.5",
+            "application/problem+json;q=0",
+        ] {
+            assert!(!prefers(accept), "{accept}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The operator's listener: metrics, health, status, reload. It belongs on loopback and has no authentication.
+
+use super::metrics::Metrics;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+/// What a reload came to.
+pub type ReloadFuture = Pin<Box<dyn Future<Output = Result<Value, Value>> + Send>>;
+
+/// What the listener tells, supplied by whoever wires the process.
+pub struct Admin {
+    /// All metrics.
+    pub metrics: Metrics,
+    /// `Err(why not)` while requests cannot be served.
+    pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// Everything about the process, for a person.
+    pub status: Box<dyn Fn() -> Value + Send + Sync>,
+    /// Reads the configuration again and applies it whole or not at all.
+    pub reload: Box<dyn Fn() -> ReloadFuture + Send + Sync>,
+}
+
+impl fmt::Debug for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Admin")
+    }
+}
+
+/// The routes of the listener.
+pub fn router(admin: Arc<Admin>) -> Router {
+    Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route(
+            "/status",
+            get(|State(admin): State<Arc<Admin>>| async move { no_store(Json((admin.status)())) }),
+        )
+        .route("/reload", post(reload))
+        .fallback(|| async {
+            let message = "This listener has GET /metrics, /livez, /readyz, /status and POST /reload.";
+            (StatusCode::NOT_FOUND, failure("NOT_FOUND", message))
+        })
+        .with_state(admin)
+}
+
+async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
+    match (admin.ready)() {
+        Ok(()) => "ok\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")).into_response(),
+    }
+}
+
+async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(CONTENT_TYPE, content_type)], admin.metrics.render()).into_response()
+}
+
+async fn reload(State(admin): State<Arc<Admin>>) -> Response {
+    match (admin.reload)().await {
+        Ok(data) => Json(json!({"success": true, "data": data})).into_response(),
+        Err(error) => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            Json(json!({"success": false, "error": error})),
+        )
+            .into_response(),
+    }
+}
+
+fn failure(code: &str, message: &str) -> Json<Value> {
+    Json(json!({"success": false, "error": {"code": code, "message": message}}))
+}
+
+fn no_store(body: impl IntoResponse) -> Response {
+    ([(CACHE_CONTROL, "no-store")], body).into_response()
+}
