@@ -103,7 +103,11 @@ pub struct Feed {
 #[derive(Clone, Debug, PartialEq)]
 pub enum FeedSource {
     /// A control endpoint, `http://` or `https://` without a path.
-    Url { url: String, token: Secret, tls: Option<ClientTls> },
+    Url {
+        url: String,
+        token: Secret,
+        tls: Option<ClientTls>,
+    },
     /// A static key file, re-read when it changes.
     File { path: PathBuf },
     /// The control plane of this process, over HTTP all the same; the token is [`Control::feed_token`].
@@ -466,9 +470,13 @@ pub struct Retention {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Database {
-    Sqlite { path: PathBuf },
+    Sqlite {
+        path: PathBuf,
+    },
     /// The whole `postgres://` URL, which may hold a password.
-    Postgres { url: Secret },
+    Postgres {
+        url: Secret,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -508,7 +516,9 @@ pub struct Cluster {
 pub enum ClusterMode {
     Single,
     /// `urls` name Sentinels that watch this master.
-    Sentinel { master: String },
+    Sentinel {
+        master: String,
+    },
     Cluster,
 }
 
