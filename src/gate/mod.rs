@@ -1,3 +1,4 @@
 //! The gate.
 pub mod limit;
+mod sync;
 pub mod window;
