@@ -25,8 +25,8 @@ use crate::wire::Ack;
 pub struct Tls {
     /// PEM file of the authorities that may vouch for the control plane; `None`: the system's.
     pub ca: Option<PathBuf>,
-    /// PEM file with this gate's own certificate and private key, for mutual TLS.
-    pub identity: Option<PathBuf>,
+    /// PEM files with this gate's own certificate and private key, for mutual TLS.
+    pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// Why there is no HTTP client.
@@ -56,8 +56,9 @@ pub fn http_client(tls: &Tls) -> Result<reqwest::Client, ClientError> {
         let authorities = reqwest::Certificate::from_pem_bundle(&read(path)?).map_err(|e| bad(path, e))?;
         builder = builder.tls_certs_only(authorities);
     }
-    if let Some(path) = &tls.identity {
-        builder = builder.identity(reqwest::Identity::from_pem(&read(path)?).map_err(|e| bad(path, e))?);
+    if let Some((certificate, key)) = &tls.identity {
+        let both = [read(certificate)?, b"\n".to_vec(), read(key)?].concat();
+        builder = builder.identity(reqwest::Identity::from_pem(&both).map_err(|e| bad(certificate, e))?);
     }
     builder.build().map_err(|error| ClientError(cause(&error)))
 }

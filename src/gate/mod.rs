@@ -119,6 +119,14 @@ impl Gate {
         self.snapshot.load().is_some() && !self.stale.load(Relaxed)
     }
 
+    /// Whether this secret is in the snapshot in force, whatever state its key is in.
+    pub fn has_secret(&self, secret: &[u8]) -> bool {
+        let snapshot = self.snapshot.load();
+        snapshot
+            .as_ref()
+            .is_some_and(|keys| keys.with(&self.slots, &SecretDigest::of(secret), |_, _| ()).is_some())
+    }
+
     /// Whether an `Authorization` value carries what could be one of our keys.
     pub fn is_bearer_key(&self, authorization: &[u8]) -> bool {
         credential::bearer_token(authorization).is_some_and(|token| self.policy.load().forms.admits(token))

@@ -9,7 +9,7 @@ mod request_id;
 pub mod response;
 pub mod upstream;
 
-pub use metrics::ProxyMetrics;
+pub use metrics::{BUCKETS_US, ProxyMetrics};
 pub use response::{Answer, ResponseSettings};
 pub use upstream::{Timeouts, UpstreamSettings};
 
@@ -46,9 +46,12 @@ pub struct Settings {
     pub upstreams: Vec<UpstreamSettings>,
 }
 
-/// The proxy behind the strict edge.
+/// The proxy behind the strict edge. Clones are the same proxy.
+#[derive(Clone, Debug)]
+pub struct Proxy(Arc<Inner>);
+
 #[derive(Debug)]
-pub struct Proxy {
+struct Inner {
     gate: Arc<Gate>,
     clock: Clock,
     compiled: ArcSwap<Compiled>,
@@ -92,7 +95,7 @@ impl Proxy {
         clock: Clock,
         access_log: Option<AccessLog>,
     ) -> Result<Self, BadHeaderPrefix> {
-        Ok(Proxy {
+        Ok(Proxy(Arc::new(Inner {
             gate,
             clock,
             compiled: ArcSwap::from_pointee(Compiled::new(settings)?),
@@ -100,7 +103,7 @@ impl Proxy {
             access_log,
             metrics: Arc::new(ProxyMetrics::default()),
             in_flight: Arc::default(),
-        })
+        })))
     }
 
     /// Puts other settings in force for requests that come from now on.
@@ -108,29 +111,29 @@ impl Proxy {
     /// # Errors
     /// [`BadHeaderPrefix`]; the old settings then stay.
     pub fn reload(&self, settings: &Settings) -> Result<(), BadHeaderPrefix> {
-        self.compiled.store(Arc::new(Compiled::new(settings)?));
+        self.0.compiled.store(Arc::new(Compiled::new(settings)?));
         Ok(())
     }
 
     /// What has been counted.
     pub fn metrics(&self) -> Arc<ProxyMetrics> {
-        self.metrics.clone()
+        self.0.metrics.clone()
     }
 
     /// How many requests are under way.
     pub fn in_flight(&self) -> Arc<AtomicU64> {
-        self.in_flight.clone()
+        self.0.in_flight.clone()
     }
 
     async fn answer(&self, session: &mut Session, context: &mut Context, answer: &Answer) -> pingora::Result<()> {
         context.decision = answer.code;
-        let compiled = self.compiled.load_full();
+        let compiled = self.0.compiled.load_full();
         let request = session.req_header();
         let problem = response::prefers_problem(&request.headers);
         let head_only = request.method == Method::HEAD;
         let request_id = context
             .request_id
-            .get_or_insert_with(|| self.ids.of(&request.headers))
+            .get_or_insert_with(|| self.0.ids.of(&request.headers))
             .clone();
         let (body, content_type) = answer.body(request_id.to_str().unwrap_or_default(), problem);
         let mut head = answer.head(&compiled.response, content_type, body.len(), &request_id)?;
@@ -153,7 +156,7 @@ impl Proxy {
             headers: &request.headers,
             client: context.client,
         };
-        self.gate.check(&head, context.now)
+        self.0.gate.check(&head, context.now)
     }
 }
 
@@ -218,7 +221,7 @@ impl ProxyHttp for Proxy {
 
     fn new_ctx(&self) -> Context {
         Context {
-            now: self.clock.now(),
+            now: self.0.clock.now(),
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             request_id: None,
             permit: None,
@@ -226,7 +229,7 @@ impl ProxyHttp for Proxy {
             decision: PASSED,
             upstream_started: None,
             upstream_us: 0,
-            _under_way: UnderWay::new(&self.in_flight),
+            _under_way: UnderWay::new(&self.0.in_flight),
         }
     }
 
@@ -257,9 +260,10 @@ impl ProxyHttp for Proxy {
     }
 
     async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
-        context.upstream_started = Some(self.clock.now());
+        context.upstream_started = Some(self.0.clock.now());
         let name = context.permit.as_ref().map_or("", |permit| permit.upstream());
-        self.compiled
+        self.0
+            .compiled
             .load()
             .upstreams
             .next(name)
@@ -277,8 +281,8 @@ impl ProxyHttp for Proxy {
             .permit
             .as_ref()
             .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
-        let compiled = self.compiled.load();
-        strip(upstream_request, &compiled.namespace, permit, &self.gate);
+        let compiled = self.0.compiled.load();
+        strip(upstream_request, &compiled.namespace, permit, &self.0.gate);
         if upstream_request.version != Version::HTTP_11 && session.req_header().version == Version::HTTP_10 {
             upstream_request.set_version(Version::HTTP_11);
         }
@@ -296,7 +300,7 @@ impl ProxyHttp for Proxy {
         }
         let request_id = context
             .request_id
-            .get_or_insert_with(|| self.ids.of(&session.req_header().headers));
+            .get_or_insert_with(|| self.0.ids.of(&session.req_header().headers));
         upstream_request.insert_header(X_REQUEST_ID, request_id.clone())?;
         Ok(())
     }
@@ -308,13 +312,13 @@ impl ProxyHttp for Proxy {
         context: &mut Context,
     ) -> pingora::Result<()> {
         if let Some(started) = context.upstream_started {
-            context.upstream_us = (self.clock.now().elapsed_ns.saturating_sub(started.elapsed_ns)) / 1000;
+            context.upstream_us = (self.0.clock.now().elapsed_ns.saturating_sub(started.elapsed_ns)) / 1000;
         }
         if let Some(request_id) = &context.request_id {
             upstream_response.insert_header(X_REQUEST_ID, request_id.clone())?;
         }
         if let Some(rate) = context.permit.as_ref().and_then(|permit| permit.rate()) {
-            response::add_rate_limit(upstream_response, &self.compiled.load().response, rate)?;
+            response::add_rate_limit(upstream_response, &self.0.compiled.load().response, rate)?;
         }
         Ok(())
     }
@@ -364,10 +368,11 @@ impl ProxyHttp for Proxy {
             Some(Access::Keyed { tier, .. }) => &*tier.name,
             _ => "",
         };
-        let duration_us = self.clock.now().elapsed_ns.saturating_sub(context.now.elapsed_ns) / 1000;
-        self.metrics
+        let duration_us = self.0.clock.now().elapsed_ns.saturating_sub(context.now.elapsed_ns) / 1000;
+        self.0
+            .metrics
             .record(context.decision, tier, status, duration_us, context.upstream_us);
-        let Some(access_log) = &self.access_log else { return };
+        let Some(access_log) = &self.0.access_log else { return };
         let request = session.req_header();
         let holder = context
             .permit
