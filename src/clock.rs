@@ -64,7 +64,10 @@ struct Manual {
 impl Clock {
     /// The system's monotonic clock, anchored to its wall clock now.
     pub fn system() -> Self {
-        let clock = Clock(Source::System(Arc::new(System { start: Instant::now(), unix_ms_at_origin: AtomicI64::new(0) })));
+        let clock = Clock(Source::System(Arc::new(System {
+            start: Instant::now(),
+            unix_ms_at_origin: AtomicI64::new(0),
+        })));
         clock.anchor();
         clock
     }
@@ -82,9 +85,15 @@ impl Clock {
     pub fn now(&self) -> Now {
         let (elapsed_ns, origin_ms) = match &self.0 {
             Source::System(s) => (s.elapsed_ns(), s.unix_ms_at_origin.load(Ordering::Relaxed)),
-            Source::Manual(m) => (m.elapsed_ns.load(Ordering::Relaxed), m.unix_ms_at_origin.load(Ordering::Relaxed)),
+            Source::Manual(m) => (
+                m.elapsed_ns.load(Ordering::Relaxed),
+                m.unix_ms_at_origin.load(Ordering::Relaxed),
+            ),
         };
-        Now { elapsed_ns, unix_ms: origin_ms + (elapsed_ns / 1_000_000) as i64 }
+        Now {
+            elapsed_ns,
+            unix_ms: origin_ms + (elapsed_ns / 1_000_000) as i64,
+        }
     }
 
     /// Takes over the system's wall time again, so that corrections to it (NTP, an operator) are followed.
@@ -92,7 +101,10 @@ impl Clock {
     pub fn anchor(&self) {
         if let Source::System(s) = &self.0 {
             let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-            s.unix_ms_at_origin.store(wall.as_millis() as i64 - (s.elapsed_ns() / 1_000_000) as i64, Ordering::Relaxed);
+            s.unix_ms_at_origin.store(
+                wall.as_millis() as i64 - (s.elapsed_ns() / 1_000_000) as i64,
+                Ordering::Relaxed,
+            );
         }
     }
 
@@ -101,7 +113,9 @@ impl Clock {
     /// # Panics
     /// On a system clock: only tests move time, and they made the clock themselves.
     pub fn advance(&self, by: Duration) {
-        self.manual_part().elapsed_ns.fetch_add(by.as_nanos() as u64, Ordering::Relaxed);
+        self.manual_part()
+            .elapsed_ns
+            .fetch_add(by.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// Sets a manual clock's monotonic reading, backwards too; the wall time moves with it.
