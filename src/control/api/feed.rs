@@ -1,0 +1,63 @@
+//! What gates post: acknowledgements and usage. What they follow is in `feed_server`.
+
+use axum::extract::{Request, State};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use utoipa::ToSchema;
+
+use super::caller::{Gate, is_gate_name};
+use super::error::ApiError;
+use super::{App, Envelope, Reply};
+use crate::control::model::Fault;
+use crate::wire::{Ack, UsageBatch};
+
+/// The newest revision there is.
+#[derive(Serialize, ToSchema)]
+pub struct AckAnswer {
+    revision: u64,
+}
+
+/// Whether a batch was new.
+#[derive(Serialize, ToSchema)]
+pub struct UsageTaken {
+    /// False: it was in the ledger already, so nothing was counted again.
+    applied: bool,
+}
+
+/// A gate has applied everything up to a revision.
+#[utoipa::path(
+    post, path = "/feed/v1/acks", tag = "Feed", operation_id = "acknowledge",
+    request_body(content = super::document::AckRequest, content_type = "application/json"),
+    responses((status = 200, description = "Noted.", body = Envelope<AckAnswer>)),
+)]
+pub async fn acknowledge(State(app): State<App>, _: Gate, request: Request) -> Result<Reply<AckAnswer>, ApiError> {
+    let ack: Ack = read(request, 4 * 1024).await?;
+    let version_fits = ack.version.as_ref().is_none_or(|version| version.len() <= 64);
+    if !is_gate_name(&ack.gate) || !version_fits || ack.revision > i64::MAX as u64 {
+        return Err(Fault::field("gate", "must have 1 to 64 visible ASCII characters, as its version").into());
+    }
+    app.hub.acknowledge(&ack.gate, ack.revision, ack.version, app.now_ms());
+    Ok(Reply::ok(AckAnswer {
+        revision: app.hub.revision(),
+    }))
+}
+
+/// What a gate has counted. Each batch counts once, however often and in whatever order it is sent.
+#[utoipa::path(
+    post, path = "/feed/v1/usage", tag = "Feed", operation_id = "postUsage",
+    request_body(content = super::document::UsageRequest, content_type = "application/json"),
+    responses((status = 200, description = "In the ledger.", body = Envelope<UsageTaken>)),
+)]
+pub async fn usage(State(app): State<App>, _: Gate, request: Request) -> Result<Reply<UsageTaken>, ApiError> {
+    let batch: UsageBatch = read(request, MOST_BATCH_BYTES).await?;
+    let applied = app.apply_usage(&batch).await?;
+    Ok(Reply::ok(UsageTaken { applied }))
+}
+
+async fn read<T: DeserializeOwned>(request: Request, most_bytes: usize) -> Result<T, ApiError> {
+    let value = super::fields::json(request, most_bytes).await?;
+    serde_json::from_value(value).map_err(|error| Fault::field("body", error.to_string()).into())
+}
+
+/// A hundred thousand keys that were all used within one flush make about 16 MB.
+const MOST_BATCH_BYTES: usize = 32 * 1024 * 1024;

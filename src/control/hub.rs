@@ -1,0 +1,270 @@
+//! Who is listening: wakes the feed when something changed, knows which gates there are and what they have applied.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::model::{Applied, GateState};
+
+/// Shared by the service, the feed's connections and the operator's page.
+pub struct Hub {
+    /// The newest revision that is committed.
+    revision: watch::Sender<u64>,
+    /// Counts acknowledgements and goings, so that waiters look again.
+    news: watch::Sender<u64>,
+    /// Set once, at shutdown: the feed's connections would otherwise never end.
+    closing: watch::Sender<bool>,
+    gates: Mutex<BTreeMap<String, Gate>>,
+    live_for_ms: i64,
+}
+
+struct Gate {
+    version: Option<String>,
+    revision: u64,
+    last_heard_at_ms: i64,
+    connections: u32,
+    /// Changed since it was last written to the store.
+    unsaved: bool,
+}
+
+impl Hub {
+    /// Begins at `revision`, with the gates that an earlier process knew. They count as live for a while, so that a
+    /// restart does not make anybody believe that a gate has applied what it has not.
+    pub fn new(revision: u64, known: Vec<GateState>, live_for: Duration) -> Self {
+        let gates = known
+            .into_iter()
+            .map(|gate| {
+                let known = Gate {
+                    version: gate.version,
+                    revision: gate.revision,
+                    last_heard_at_ms: gate.last_heard_at_ms,
+                    connections: 0,
+                    unsaved: false,
+                };
+                (gate.name, known)
+            })
+            .collect();
+        Self {
+            revision: watch::Sender::new(revision),
+            news: watch::Sender::new(0),
+            closing: watch::Sender::new(false),
+            gates: Mutex::new(gates),
+            live_for_ms: live_for.as_millis() as i64,
+        }
+    }
+
+    /// The newest committed revision.
+    pub fn revision(&self) -> u64 {
+        *self.revision.borrow()
+    }
+
+    /// Says that `revision` is committed, and wakes the feed.
+    pub fn publish(&self, revision: u64) {
+        self.revision.send_if_modified(|newest| {
+            let newer = revision > *newest;
+            *newest = revision.max(*newest);
+            newer
+        });
+    }
+
+    /// Follows the newest revision.
+    pub fn revisions(&self) -> watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+
+    /// Ends every connection of the feed.
+    pub fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
+    /// Becomes true at shutdown.
+    pub fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// A gate has connected and says that it has `revision`, which may be less than it once had: its spool may be gone.
+    /// It counts as connected until the returned value is dropped.
+    pub fn connect(self: &Arc<Self>, name: &str, revision: u64, now_ms: i64) -> Connected {
+        let mut gates = self.lock();
+        let gate = gate(&mut gates, name);
+        gate.revision = revision;
+        gate.last_heard_at_ms = now_ms;
+        gate.connections += 1;
+        gate.unsaved = true;
+        drop(gates);
+        Connected {
+            hub: Arc::clone(self),
+            name: name.to_owned(),
+        }
+    }
+
+    /// A gate has shown itself.
+    pub fn heard(&self, name: &str, now_ms: i64) {
+        let mut gates = self.lock();
+        let gate = gate(&mut gates, name);
+        gate.last_heard_at_ms = gate.last_heard_at_ms.max(now_ms);
+        gate.unsaved = true;
+    }
+
+    /// A gate has applied everything up to `revision`.
+    pub fn acknowledge(&self, name: &str, revision: u64, version: Option<String>, now_ms: i64) {
+        let mut gates = self.lock();
+        let gate = gate(&mut gates, name);
+        // Acknowledgements may overtake each other.
+        gate.revision = gate.revision.max(revision);
+        gate.last_heard_at_ms = gate.last_heard_at_ms.max(now_ms);
+        gate.version = version.or(gate.version.take());
+        gate.unsaved = true;
+        drop(gates);
+        self.news.send_modify(|count| *count += 1);
+    }
+
+    /// Forgets a gate that was taken out of service; answers false if it is connected.
+    pub fn forget(&self, name: &str) -> bool {
+        let mut gates = self.lock();
+        if gates.get(name).is_some_and(|gate| gate.connections > 0) {
+            return false;
+        }
+        gates.remove(name);
+        true
+    }
+
+    /// Every gate that is known.
+    pub fn states(&self, now_ms: i64) -> Vec<GateState> {
+        self.lock()
+            .iter()
+            .map(|(name, gate)| self.state(name, gate, now_ms))
+            .collect()
+    }
+
+    /// The gates that changed since the last call, to be written to the store.
+    pub fn take_unsaved(&self, now_ms: i64) -> Vec<GateState> {
+        let mut gates = self.lock();
+        let unsaved = gates
+            .iter_mut()
+            .filter(|(_, gate)| gate.unsaved || gate.connections > 0);
+        unsaved
+            .map(|(name, gate)| {
+                gate.unsaved = false;
+                self.state(name, gate, now_ms)
+            })
+            .collect()
+    }
+
+    /// Who has applied `revision`, and who has not.
+    pub fn applied(&self, revision: u64, now_ms: i64) -> Applied {
+        let mut applied = Applied::default();
+        for (name, gate) in self.lock().iter() {
+            let list = if gate.revision >= revision {
+                &mut applied.gates
+            } else if self.is_live(gate, now_ms) {
+                &mut applied.pending
+            } else if now_ms - gate.last_heard_at_ms <= SILENT_FOR_MS {
+                &mut applied.silent
+            } else {
+                continue;
+            };
+            list.push(name.clone());
+        }
+        applied
+    }
+
+    /// Wakes when an acknowledgement came.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
+    }
+
+    fn state(&self, name: &str, gate: &Gate, now_ms: i64) -> GateState {
+        let connected = gate.connections > 0;
+        GateState {
+            name: name.to_owned(),
+            version: gate.version.clone(),
+            revision: gate.revision,
+            last_heard_at_ms: if connected { now_ms } else { gate.last_heard_at_ms },
+            connected,
+            live: self.is_live(gate, now_ms),
+        }
+    }
+
+    fn is_live(&self, gate: &Gate, now_ms: i64) -> bool {
+        gate.connections > 0 || now_ms - gate.last_heard_at_ms <= self.live_for_ms
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Gate>> {
+        // Nothing under the lock can panic halfway through a change, so a poisoned map is a whole map.
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A gate's connection to the feed.
+pub struct Connected {
+    hub: Arc<Hub>,
+    name: String,
+}
+
+impl Connected {
+    /// The connection ends at `now_ms`.
+    pub fn end(self, now_ms: i64) {
+        self.hub.heard(&self.name, now_ms);
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let mut gates = self.hub.lock();
+        if let Some(gate) = gates.get_mut(&self.name) {
+            gate.connections = gate.connections.saturating_sub(1);
+            gate.unsaved = true;
+        }
+        drop(gates);
+        self.hub.news.send_modify(|count| *count += 1);
+    }
+}
+
+fn gate<'a>(gates: &'a mut BTreeMap<String, Gate>, name: &str) -> &'a mut Gate {
+    gates.entry(name.to_owned()).or_insert(Gate {
+        version: None,
+        revision: 0,
+        last_heard_at_ms: 0,
+        connections: 0,
+        unsaved: true,
+    })
+}
+
+/// How long a gate that fell silent is still named where a change is not acknowledged by it.
+const SILENT_FOR_MS: i64 = 24 * 3_600_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gate_is_pending_while_live_then_silent_then_forgotten() {
+        let hub = Arc::new(Hub::new(7, vec![], Duration::from_secs(15)));
+        let connected = hub.connect("gate-1", 6, 1_000);
+        assert_eq!(hub.applied(7, 900_000).pending, ["gate-1"]);
+        connected.end(900_000);
+        assert_eq!(hub.applied(7, 915_000).pending, ["gate-1"]);
+        assert_eq!(hub.applied(7, 915_001).silent, ["gate-1"]);
+        assert_eq!(hub.applied(7, 900_001 + SILENT_FOR_MS), Applied::default());
+        hub.acknowledge("gate-1", 7, Some("0.1.0".into()), 900_002);
+        hub.acknowledge("gate-1", 5, None, 900_003);
+        assert_eq!(hub.applied(7, 900_003).gates, ["gate-1"]);
+        // It comes back without its spool.
+        let _again = hub.connect("gate-1", 0, 900_004);
+        assert_eq!(hub.applied(7, 900_004).pending, ["gate-1"]);
+        assert_eq!(hub.states(900_004)[0].version.as_deref(), Some("0.1.0"));
+        assert!(!hub.forget("gate-1"));
+    }
+
+    #[test]
+    fn an_older_revision_is_not_published() {
+        let hub = Hub::new(7, vec![], Duration::from_secs(15));
+        hub.publish(5);
+        assert_eq!(hub.revision(), 7);
+        hub.publish(9);
+        assert_eq!(*hub.revisions().borrow(), 9);
+    }
+}

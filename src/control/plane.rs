@@ -1,0 +1,196 @@
+//! The control plane as the rest of the program sees it.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::api;
+use super::model::{Actor, Caller, Fault, Origin};
+use super::service::Service;
+use super::settings::Settings;
+use super::store::Store;
+use super::store::sqlite::{self, MigrationState, SqliteStore};
+use crate::clock::Clock;
+
+/// A running control plane. Clones share everything.
+#[derive(Clone)]
+pub struct ControlPlane(Arc<Service>);
+
+impl ControlPlane {
+    /// Opens the database, brings its schema up to date, and is ready to serve.
+    ///
+    /// # Errors
+    /// If a setting makes no sense, or the database cannot be opened.
+    pub async fn open(settings: Settings, clock: Clock) -> Result<Self, ControlError> {
+        check(&settings)?;
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&settings.database).await?);
+        Ok(Self(Arc::new(Service::new(settings, store, clock).await?)))
+    }
+
+    /// All routes: the API, the feed, its documents.
+    pub fn router(&self) -> axum::Router {
+        api::router(Arc::clone(&self.0))
+    }
+
+    /// Serves until `shutdown`, then ends the feed's connections and finishes what is under way.
+    pub async fn serve(
+        &self,
+        listener: tokio::net::TcpListener,
+        shutdown: impl Future<Output = ()>,
+    ) -> std::io::Result<()> {
+        let service = self.router().into_make_service_with_connect_info::<SocketAddr>();
+        let (ended, mut end) = tokio::sync::watch::channel(false);
+        let upkeep = tokio::spawn(keep_up(Arc::clone(&self.0), ended.subscribe()));
+        let server = axum::serve(listener, service).with_graceful_shutdown(async move {
+            // An error means that the sender is gone, which is the end too.
+            let _ = end.wait_for(|ended| *ended).await;
+        });
+        let server = std::future::IntoFuture::into_future(server);
+        tokio::pin!(server, shutdown);
+        let served = tokio::select! {
+            served = &mut server => served,
+            () = &mut shutdown => {
+                self.0.hub.close();
+                ended.send_replace(true);
+                server.await
+            }
+        };
+        ended.send_replace(true);
+        if let Err(error) = upkeep.await {
+            log::error!("the control plane's upkeep ended badly: {error}");
+        }
+        served
+    }
+
+    /// For the `dev` command: makes a demo organisation once, and a fresh live key each time.
+    pub async fn dev_key(&self) -> Result<DevKey, ControlError> {
+        let caller = Caller {
+            actor: Actor::System,
+            origin: Origin::default(),
+        };
+        let made = self.0.dev_key(&caller).await?;
+        Ok(DevKey {
+            organization_id: made.organization_id,
+            key_id: made.key_id,
+            secret: made.secret.expose().to_owned(),
+        })
+    }
+
+    /// Does what falls due with time: lets gates forget keys that were revoked 30 days ago, forgets old sessions and
+    /// outcomes. [`ControlPlane::serve`] calls it each minute; tests with a clock of their own call it themselves.
+    pub async fn maintain(&self) -> Result<(), ControlError> {
+        Ok(self.0.maintain().await?)
+    }
+
+    /// The newest feed revision.
+    pub fn revision(&self) -> u64 {
+        self.0.hub.revision()
+    }
+}
+
+/// A fresh key for `tollgate dev`. The secret is for the terminal.
+pub struct DevKey {
+    pub organization_id: String,
+    pub key_id: String,
+    pub secret: String,
+}
+
+impl fmt::Debug for DevKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DevKey")
+            .field("key_id", &self.key_id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why the control plane cannot start or do what `app` asked of it.
+#[derive(Debug)]
+pub enum ControlError {
+    /// A setting makes no sense.
+    Setting(String),
+    /// The database cannot be used.
+    Database(String),
+}
+
+impl fmt::Display for ControlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ControlError::Setting(why) => write!(f, "control plane: {why}"),
+            ControlError::Database(why) => write!(f, "control plane: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for ControlError {}
+
+impl From<Fault> for ControlError {
+    fn from(fault: Fault) -> Self {
+        ControlError::Database(fault.to_string())
+    }
+}
+
+/// Which migrations the database at `url` has and lacks.
+pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, ControlError> {
+    Ok(sqlite::migration_states(url).await?)
+}
+
+/// Brings the schema of the database at `url` up to date.
+pub async fn migrate(url: &str) -> Result<(), ControlError> {
+    Ok(sqlite::migrate(url).await?)
+}
+
+/// Copies the database at `url` to the new file `target`, consistently and while it is in use.
+pub async fn backup(url: &str, target: &Path) -> Result<(), ControlError> {
+    Ok(sqlite::backup(url, target).await?)
+}
+
+async fn keep_up(service: Arc<Service>, mut ended: tokio::sync::watch::Receiver<bool>) {
+    // Gates are saved often, because a restart believes what was saved; the rest is due once a minute.
+    let mut ticks = tokio::time::interval(Duration::from_secs(5));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut tick = 0_u64;
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            _ = ended.wait_for(|ended| *ended) => break,
+        }
+        let result = if tick % 12 == 0 {
+            service.maintain().await
+        } else {
+            service.save_gates().await
+        };
+        if let Err(fault) = result {
+            log::warn!("the control plane's upkeep will be tried again: {fault}");
+        }
+        tick += 1;
+    }
+    if let Err(fault) = service.save_gates().await {
+        log::warn!("the gates' states were not saved: {fault}");
+    }
+}
+
+fn check(settings: &Settings) -> Result<(), ControlError> {
+    let wrong = |why: &str| Err(ControlError::Setting(why.to_owned()));
+    if settings.environments.is_empty() {
+        return wrong("there is no environment");
+    }
+    if settings
+        .environments
+        .iter()
+        .any(|e| e.prefix.is_empty() || e.prefix.len() > 19)
+    {
+        return wrong("an environment's prefix must have 1 to 19 characters: a key must fit into 55");
+    }
+    if !settings.plans.iter().any(|p| p.name == settings.default_plan) {
+        return wrong("the default plan is not among the plans");
+    }
+    if !(0..=settings.max_grace_ms).contains(&settings.default_grace_ms) {
+        return wrong("the default grace must lie between 0 and the longest grace");
+    }
+    if settings.feed_token.is_empty() {
+        return wrong("the feed's token is empty");
+    }
+    Ok(())
+}

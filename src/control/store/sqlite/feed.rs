@@ -1,0 +1,229 @@
+//! The feed's source: the outbox that changes write into.
+
+use async_trait::async_trait;
+use sqlx::{Sqlite, Transaction};
+
+use super::{SqliteStore, fault, next_revision, write_audit};
+use crate::control::model::{AuditNote, Fault, GateState, REMEMBER_OUTCOME_MS, REMEMBER_REVOKED_MS};
+use crate::control::store::{Changes, FeedStore, SnapshotReader, Stamp};
+use crate::wire::FeedLine;
+
+#[async_trait]
+impl FeedStore for SqliteStore {
+    async fn revision(&self) -> Result<u64, Fault> {
+        sqlx::query_scalar::<_, i64>("SELECT revision FROM feed_state")
+            .fetch_one(&self.readers)
+            .await
+            .map(|revision| revision as u64)
+            .map_err(fault)
+    }
+
+    async fn feed_changes(&self, after: u64, limit: u32) -> Result<Changes, Fault> {
+        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let (newest, oldest): (i64, i64) = sqlx::query_as("SELECT revision, oldest FROM feed_state")
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let after = i64::try_from(after).unwrap_or(i64::MAX);
+        if after > newest || after < oldest {
+            return Ok(Changes::Resync);
+        }
+        let rows: Vec<(i64, Option<String>, String)> = sqlx::query_as(
+            "SELECT revision, line, key_id FROM feed_lines WHERE revision > ?1
+             UNION ALL SELECT revision, NULL, key_id FROM feed_gone WHERE revision > ?1
+             ORDER BY revision LIMIT ?2",
+        )
+        .bind(after)
+        .bind(limit)
+        .fetch_all(&mut *tx)
+        .await
+        .map_err(fault)?;
+        let through = if rows.len() < limit as usize {
+            newest
+        } else {
+            rows.last().map_or(newest, |row| row.0)
+        };
+        let mut text = String::new();
+        for (revision, line, key_id) in rows {
+            match line {
+                Some(line) => text.push_str(&line),
+                None => text.push_str(
+                    &serde_json::to_string(&FeedLine::Gone {
+                        revision: revision as u64,
+                        id: key_id,
+                    })
+                    .map_err(|e| Fault::Internal(e.to_string()))?,
+                ),
+            }
+            text.push('\n');
+        }
+        Ok(Changes::Lines {
+            text,
+            through: through as u64,
+        })
+    }
+
+    async fn feed_snapshot(&self) -> Result<Box<dyn SnapshotReader>, Fault> {
+        let mut tx = self.snapshots.begin().await.map_err(fault)?;
+        // The first statement fixes what the whole transaction sees.
+        let (revision, keys): (i64, i64) =
+            sqlx::query_as("SELECT revision, (SELECT count(*) FROM feed_lines) FROM feed_state")
+                .fetch_one(&mut *tx)
+                .await
+                .map_err(fault)?;
+        Ok(Box::new(Snapshot {
+            tx,
+            revision: revision as u64,
+            keys: keys as u64,
+            read_through: 0,
+        }))
+    }
+
+    async fn prune(&self, now_ms: i64) -> Result<u64, Fault> {
+        let mut tx = self.begin().await?;
+        let gone: Vec<String> = sqlx::query_scalar(
+            "SELECT id FROM keys JOIN feed_lines ON key_id = id WHERE revoked_at_ms <= ? ORDER BY revoked_at_ms LIMIT 1000",
+        )
+        .bind(now_ms - REMEMBER_REVOKED_MS)
+        .fetch_all(&mut *tx)
+        .await
+        .map_err(fault)?;
+        for id in gone {
+            let revision = next_revision(&mut tx).await?;
+            sqlx::query("DELETE FROM feed_lines WHERE key_id = ?")
+                .bind(&id)
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+            sqlx::query("INSERT INTO feed_gone (revision, key_id, gone_at_ms) VALUES (?, ?, ?)")
+                .bind(revision as i64)
+                .bind(&id)
+                .bind(now_ms)
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+        }
+        sqlx::query(
+            "UPDATE feed_state SET oldest =
+                 max(oldest, coalesce((SELECT max(revision) FROM feed_gone WHERE gone_at_ms <= ?), 0))",
+        )
+        .bind(now_ms - REMEMBER_REVOKED_MS)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        sqlx::query("DELETE FROM feed_gone WHERE revision <= (SELECT oldest FROM feed_state)")
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        sqlx::query("DELETE FROM idempotency WHERE created_at_ms <= ?")
+            .bind(now_ms - REMEMBER_OUTCOME_MS)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        sqlx::query("DELETE FROM sessions WHERE expires_at_ms <= ?")
+            .bind(now_ms)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let revision: i64 = sqlx::query_scalar("SELECT revision FROM feed_state")
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(fault)?;
+        tx.commit().await.map_err(fault)?;
+        Ok(revision as u64)
+    }
+
+    async fn gates(&self) -> Result<Vec<GateState>, Fault> {
+        let rows: Vec<(String, Option<String>, i64, i64)> =
+            sqlx::query_as("SELECT name, version, revision, last_heard_at_ms FROM gates ORDER BY name")
+                .fetch_all(&self.readers)
+                .await
+                .map_err(fault)?;
+        Ok(rows
+            .into_iter()
+            .map(|(name, version, revision, last_heard_at_ms)| GateState {
+                name,
+                version,
+                revision: revision as u64,
+                last_heard_at_ms,
+                connected: false,
+                live: false,
+            })
+            .collect())
+    }
+
+    async fn save_gates(&self, gates: &[GateState]) -> Result<(), Fault> {
+        let mut tx = self.begin().await?;
+        for gate in gates {
+            sqlx::query(
+                "INSERT INTO gates (name, version, revision, last_heard_at_ms) VALUES (?, ?, ?, ?)
+                 ON CONFLICT (name) DO UPDATE SET version = coalesce(excluded.version, version),
+                     revision = excluded.revision, last_heard_at_ms = excluded.last_heard_at_ms",
+            )
+            .bind(&gate.name)
+            .bind(&gate.version)
+            .bind(gate.revision as i64)
+            .bind(gate.last_heard_at_ms)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        }
+        tx.commit().await.map_err(fault)
+    }
+
+    async fn forget_gate(&self, name: &str, stamp: Stamp<'_>) -> Result<bool, Fault> {
+        let mut tx = self.begin().await?;
+        let deleted = sqlx::query("DELETE FROM gates WHERE name = ?")
+            .bind(name)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let note = AuditNote {
+            organization_id: None,
+            action: "gate.forget",
+            target_kind: "gate",
+            target_id: name.to_owned(),
+            detail: serde_json::json!({}),
+        };
+        write_audit(&mut tx, &note, stamp).await?;
+        tx.commit().await.map_err(fault)?;
+        Ok(deleted.rows_affected() > 0)
+    }
+}
+
+struct Snapshot {
+    tx: Transaction<'static, Sqlite>,
+    revision: u64,
+    keys: u64,
+    read_through: i64,
+}
+
+#[async_trait]
+impl SnapshotReader for Snapshot {
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    fn keys(&self) -> u64 {
+        self.keys
+    }
+
+    async fn next(&mut self) -> Result<Option<String>, Fault> {
+        // SQLite joins the lines itself: one row for a thousand keys instead of a thousand rows, which is what makes
+        // a million keys a matter of a second.
+        let (lines, last): (Option<String>, Option<i64>) = sqlx::query_as(
+            "SELECT group_concat(line, char(10)), max(revision)
+             FROM (SELECT revision, line FROM feed_lines WHERE revision > ? ORDER BY revision LIMIT 1000)",
+        )
+        .bind(self.read_through)
+        .fetch_one(&mut *self.tx)
+        .await
+        .map_err(fault)?;
+        let (Some(mut lines), Some(last)) = (lines, last) else {
+            return Ok(None);
+        };
+        lines.push('\n');
+        self.read_through = last;
+        Ok(Some(lines))
+    }
+}

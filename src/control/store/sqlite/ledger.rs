@@ -1,0 +1,198 @@
+//! The ledger: batches in, totals out.
+
+use async_trait::async_trait;
+use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
+
+use super::{SqliteStore, fault};
+use crate::control::model::Fault;
+use crate::control::store::{LedgerStore, UsageQuery, UsageRow, UsageRows};
+use crate::wire::UsageBatch;
+
+#[async_trait]
+impl LedgerStore for SqliteStore {
+    async fn apply_usage(&self, batch: &UsageBatch, now_ms: i64) -> Result<bool, Fault> {
+        let mut tx = self.begin().await?;
+        if !mark_applied(&mut tx, batch, now_ms).await? {
+            return Ok(false);
+        }
+        // Whole lists at once: SQLite takes the JSON apart and finds each key's organisation. A key that is unknown here
+        // (a static key file, another installation) is kept under no organisation, so that the sum stays exact.
+        sqlx::query(
+            "INSERT INTO usage_minutes (organization_id, minute, key_id, tier, environment, permits)
+             SELECT coalesce(k.organization_id, ''), j.value ->> 'minute', j.value ->> 'key', j.value ->> 'tier',
+                    j.value ->> 'environment', j.value ->> 'count'
+             FROM json_each(?) AS j LEFT JOIN keys AS k ON k.id = j.value ->> 'key' WHERE true
+             ON CONFLICT DO UPDATE SET permits = permits + excluded.permits",
+        )
+        .bind(json(&batch.permits)?)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        sqlx::query(
+            "INSERT INTO refusal_minutes (organization_id, minute, key_id, tier, environment, code, refusals)
+             SELECT coalesce(k.organization_id, ''), j.value ->> 'minute', coalesce(j.value ->> 'key', ''),
+                    j.value ->> 'tier', coalesce(j.value ->> 'environment', ''), j.value ->> 'code', j.value ->> 'count'
+             FROM json_each(?) AS j LEFT JOIN keys AS k ON k.id = j.value ->> 'key' WHERE true
+             ON CONFLICT DO UPDATE SET refusals = refusals + excluded.refusals",
+        )
+        .bind(json(&batch.refusals)?)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        apply_last_used(&mut tx, &json(&batch.last_used)?).await?;
+        tx.commit().await.map_err(fault)?;
+        Ok(true)
+    }
+
+    async fn usage(&self, query: &UsageQuery) -> Result<UsageRows, Fault> {
+        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let permits: Vec<Row> = select(query, "usage_minutes", "permits", "''")
+            .build_query_as()
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let refusals: Vec<Row> = select(query, "refusal_minutes", "refusals", "code")
+            .build_query_as()
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(fault)?;
+        Ok(UsageRows {
+            permits: permits.into_iter().map(|row| row.into_parts().0).collect(),
+            refusals: refusals.into_iter().map(Row::into_parts).collect(),
+        })
+    }
+}
+
+/// Marks a batch as applied; answers whether it was not before.
+async fn mark_applied(tx: &mut SqliteConnection, batch: &UsageBatch, now_ms: i64) -> Result<bool, Fault> {
+    let sequence = i64::try_from(batch.sequence).unwrap_or(i64::MAX);
+    let through: Option<i64> = sqlx::query_scalar("SELECT applied_through FROM usage_runs WHERE gate = ? AND run = ?")
+        .bind(&batch.gate)
+        .bind(&batch.run)
+        .fetch_optional(&mut *tx)
+        .await
+        .map_err(fault)?;
+    let through = through.unwrap_or(0);
+    if sequence <= through {
+        return Ok(false);
+    }
+    let inserted = sqlx::query("INSERT OR IGNORE INTO usage_overtaken (gate, run, sequence) VALUES (?, ?, ?)")
+        .bind(&batch.gate)
+        .bind(&batch.run)
+        .bind(sequence)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+    if inserted.rows_affected() == 0 {
+        return Ok(false);
+    }
+    let waiting: Vec<i64> =
+        sqlx::query_scalar("SELECT sequence FROM usage_overtaken WHERE gate = ? AND run = ? ORDER BY sequence")
+            .bind(&batch.gate)
+            .bind(&batch.run)
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(fault)?;
+    let through = waiting.into_iter().fold(
+        through,
+        |through, next| if next == through + 1 { next } else { through },
+    );
+    sqlx::query(
+        "INSERT INTO usage_runs (gate, run, applied_through, last_at_ms) VALUES (?, ?, ?, ?)
+         ON CONFLICT DO UPDATE SET applied_through = excluded.applied_through, last_at_ms = excluded.last_at_ms",
+    )
+    .bind(&batch.gate)
+    .bind(&batch.run)
+    .bind(through)
+    .bind(now_ms)
+    .execute(&mut *tx)
+    .await
+    .map_err(fault)?;
+    sqlx::query("DELETE FROM usage_overtaken WHERE gate = ? AND run = ? AND sequence <= ?")
+        .bind(&batch.gate)
+        .bind(&batch.run)
+        .bind(through)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+    Ok(true)
+}
+
+/// Batches may arrive in any order, so a time only ever moves forward.
+async fn apply_last_used(tx: &mut SqliteConnection, last_used: &str) -> Result<(), Fault> {
+    sqlx::query(
+        "UPDATE keys SET last_used_at_ms = max(coalesce(last_used_at_ms, 0), used.at_ms)
+         FROM (SELECT value ->> 'key' AS key, max(value ->> 'at_ms') AS at_ms FROM json_each(?) GROUP BY 1) AS used
+         WHERE keys.id = used.key",
+    )
+    .bind(last_used)
+    .execute(&mut *tx)
+    .await
+    .map_err(fault)?;
+    sqlx::query(
+        "UPDATE key_secrets SET last_used_at_ms = max(coalesce(last_used_at_ms, 0), used.at_ms)
+         FROM (SELECT value ->> 'key' AS key, lower(value ->> 'secret') AS secret, max(value ->> 'at_ms') AS at_ms
+               FROM json_each(?) GROUP BY 1, 2) AS used
+         WHERE key_secrets.key_id = used.key AND lower(hex(substr(key_secrets.digest, 1, 8))) = used.secret",
+    )
+    .bind(last_used)
+    .execute(&mut *tx)
+    .await
+    .map(drop)
+    .map_err(fault)
+}
+
+#[derive(sqlx::FromRow)]
+struct Row {
+    bucket: i64,
+    key: String,
+    tier: String,
+    environment: String,
+    code: String,
+    total: i64,
+}
+
+impl Row {
+    fn into_parts(self) -> (UsageRow, String) {
+        let row = UsageRow {
+            minute: self.bucket,
+            key: self.key,
+            tier: self.tier,
+            environment: self.environment,
+            count: self.total as u64,
+        };
+        (row, self.code)
+    }
+}
+
+fn select(query: &UsageQuery, table: &str, column: &str, code: &str) -> QueryBuilder<Sqlite> {
+    let key = if query.by_key { "key_id" } else { "''" };
+    let tier = if query.by_tier { "tier" } else { "''" };
+    let mut sql = QueryBuilder::new("SELECT minute - minute % ");
+    sql.push_bind(query.bucket_minutes);
+    sql.push(format!(
+        " AS bucket, {key} AS key, {tier} AS tier, environment, {code} AS code, sum({column}) AS total"
+    ));
+    sql.push(format!(" FROM {table} WHERE organization_id = "))
+        .push_bind(query.organization.clone());
+    sql.push(" AND minute >= ")
+        .push_bind(query.from_minute)
+        .push(" AND minute < ")
+        .push_bind(query.to_minute);
+    for (name, value) in [
+        ("key_id", &query.key),
+        ("tier", &query.tier),
+        ("environment", &query.environment),
+    ] {
+        if let Some(value) = value {
+            sql.push(format!(" AND {name} = ")).push_bind(value.clone());
+        }
+    }
+    sql.push(" GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT ")
+        .push_bind(query.limit + 1);
+    sql
+}
+
+fn json<T: serde::Serialize>(list: &T) -> Result<String, Fault> {
+    serde_json::to_string(list).map_err(|e| Fault::Internal(e.to_string()))
+}

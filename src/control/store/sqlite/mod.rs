@@ -1,0 +1,273 @@
+//! The store on SQLite.
+//!
+//! One connection writes, several read: SQLite has one writer anyway, and a queue in front of it is fairer than its busy
+//! handler. WAL lets readers go on beside the writer. `synchronous = FULL` makes every commit wait for the disk, so that
+//! what was acknowledged survives the loss of power, not only of the process.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::migrate::{Migrate, Migrator};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
+use sqlx::{ConnectOptions as _, Connection as _, Sqlite, Transaction};
+
+use super::{Stamp, Store};
+use crate::control::model::{AuditNote, Fault};
+
+mod accounts;
+mod audit;
+mod feed;
+mod keys;
+mod ledger;
+mod sessions;
+
+/// The migrations, as they were when this binary was built.
+pub static MIGRATIONS: Migrator = sqlx::migrate!("src/control/store/migrations/sqlite");
+
+/// A database file and the connections to it.
+pub struct SqliteStore {
+    writer: SqlitePool,
+    readers: SqlitePool,
+    /// Apart from the readers, so that gates that load a million keys slowly do not starve the API.
+    snapshots: SqlitePool,
+    _scratch: Option<Scratch>,
+}
+
+impl Store for SqliteStore {}
+
+impl SqliteStore {
+    /// Opens `sqlite://…`, makes the file where there is none, and brings its schema up to date.
+    pub async fn open(url: &str) -> Result<Self, Fault> {
+        let (options, scratch) = options(url)?;
+        let writer_options = options.clone().create_if_missing(true);
+        let writer = pool(1).connect_with(writer_options).await.map_err(fault)?;
+        MIGRATIONS
+            .run(&writer)
+            .await
+            .map_err(|e| Fault::Unavailable(format!("the schema cannot be updated: {e}")))?;
+        let read_only = options.read_only(true);
+        let readers = pool(READERS).connect_lazy_with(read_only.clone());
+        let snapshots = pool(SNAPSHOTS).connect_lazy_with(read_only);
+        Ok(Self {
+            writer,
+            readers,
+            snapshots,
+            _scratch: scratch,
+        })
+    }
+
+    /// Begins a change. Immediate: a transaction that reads first and writes later could fail halfway where another
+    /// process had written in between.
+    async fn begin(&self) -> Result<Transaction<'static, Sqlite>, Fault> {
+        self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(fault)
+    }
+}
+
+/// Which migrations a database has, and which it lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationState {
+    pub version: i64,
+    pub description: String,
+    pub applied: bool,
+}
+
+/// The state of every migration; of a database that does not exist, none is applied.
+pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, Fault> {
+    let (options, _scratch) = options(url)?;
+    let applied = if options.get_filename().exists() {
+        let mut connection = options.read_only(true).connect().await.map_err(fault)?;
+        let has_any =
+            sqlx::query_scalar::<_, i64>("SELECT count(*) FROM sqlite_master WHERE name = '_sqlx_migrations'")
+                .fetch_one(&mut connection)
+                .await
+                .map_err(fault)?;
+        let applied = match has_any {
+            0 => Vec::new(),
+            _ => connection
+                .list_applied_migrations("_sqlx_migrations")
+                .await
+                .map_err(|e| Fault::Unavailable(e.to_string()))?,
+        };
+        connection.close().await.map_err(fault)?;
+        applied.into_iter().map(|m| m.version).collect()
+    } else {
+        Vec::new()
+    };
+    Ok(MIGRATIONS
+        .iter()
+        .map(|m| MigrationState {
+            version: m.version,
+            description: m.description.to_string(),
+            applied: applied.contains(&m.version),
+        })
+        .collect())
+}
+
+/// Applies what is missing.
+pub async fn migrate(url: &str) -> Result<(), Fault> {
+    let (options, _scratch) = options(url)?;
+    let mut connection = options.create_if_missing(true).connect().await.map_err(fault)?;
+    MIGRATIONS
+        .run(&mut connection)
+        .await
+        .map_err(|e| Fault::Unavailable(e.to_string()))?;
+    connection.close().await.map_err(fault)
+}
+
+/// Writes a consistent, compacted copy to `target`, which must not exist, while the database is in use.
+pub async fn backup(url: &str, target: &Path) -> Result<(), Fault> {
+    let (options, _scratch) = options(url)?;
+    if target.exists() {
+        return Err(Fault::Unavailable(format!("{} exists already", target.display())));
+    }
+    let name = target
+        .to_str()
+        .ok_or_else(|| Fault::Unavailable("the target's name is not UTF-8".into()))?;
+    let mut connection = options.connect().await.map_err(fault)?;
+    sqlx::query("VACUUM INTO ?")
+        .bind(name)
+        .execute(&mut connection)
+        .await
+        .map_err(fault)?;
+    connection.close().await.map_err(fault)
+}
+
+/// A directory that ends with the store: what `sqlite::memory:` means here. A real file in memory has WAL and
+/// independent readers, as in production; SQLite's own memory databases have neither.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            log::debug!("the scratch database {} was not removed: {error}", self.0.display());
+        }
+    }
+}
+
+fn options(url: &str) -> Result<(SqliteConnectOptions, Option<Scratch>), Fault> {
+    let (options, scratch) = if url == "sqlite::memory:" {
+        let scratch = scratch()?;
+        (
+            SqliteConnectOptions::new().filename(scratch.0.join("tollgate.db")),
+            Some(scratch),
+        )
+    } else {
+        let options =
+            SqliteConnectOptions::from_str(url).map_err(|e| Fault::Unavailable(format!("the database's URL: {e}")))?;
+        (options, None)
+    };
+    let options = options
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .busy_timeout(BUSY_TIMEOUT)
+        // 16 MiB of page cache and 256 MiB of mapped file: the feed's snapshot of a million keys is read through the map.
+        .pragma("cache_size", "-16384")
+        .pragma("mmap_size", "268435456")
+        .pragma("trusted_schema", "OFF")
+        .optimize_on_close(true, None)
+        // sqlx logs statements at debug level; bound values are not among them, but nobody needs the noise.
+        .disable_statement_logging();
+    Ok((options, scratch))
+}
+
+fn scratch() -> Result<Scratch, Fault> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let shared_memory = Path::new("/dev/shm");
+    let base = if shared_memory.is_dir() {
+        shared_memory.to_path_buf()
+    } else {
+        std::env::temp_dir()
+    };
+    let directory = base.join(crate::control::secret::id("tollgate-")?);
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&directory)
+        .map_err(|e| Fault::Unavailable(format!("{}: {e}", directory.display())))?;
+    Ok(Scratch(directory))
+}
+
+fn pool(connections: u32) -> SqlitePoolOptions {
+    SqlitePoolOptions::new()
+        .max_connections(connections)
+        .min_connections(0)
+        .acquire_timeout(BUSY_TIMEOUT)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .test_before_acquire(false)
+}
+
+/// Takes the next revision of the feed. Held until the commit: revisions appear in order and without gaps.
+async fn next_revision(tx: &mut SqliteConnection) -> Result<u64, Fault> {
+    sqlx::query_scalar::<_, i64>("UPDATE feed_state SET revision = revision + 1 RETURNING revision")
+        .fetch_one(tx)
+        .await
+        .map(|revision| revision as u64)
+        .map_err(fault)
+}
+
+async fn write_audit(tx: &mut SqliteConnection, note: &AuditNote, stamp: Stamp<'_>) -> Result<(), Fault> {
+    let (kind, id, name) = stamp.caller.actor.parts();
+    sqlx::query(
+        "INSERT INTO audit (at_ms, organization_id, actor_kind, actor_id, actor_name, action, target_kind, target_id,
+                            detail, address, user_agent, request_id)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(stamp.now_ms)
+    .bind(&note.organization_id)
+    .bind(kind)
+    .bind(id)
+    .bind(name)
+    .bind(note.action)
+    .bind(note.target_kind)
+    .bind(&note.target_id)
+    .bind(note.detail.to_string())
+    .bind(stamp.caller.origin.address_text())
+    .bind(&stamp.caller.origin.user_agent)
+    .bind(&stamp.caller.origin.request_id)
+    .execute(tx)
+    .await
+    .map(drop)
+    .map_err(fault)
+}
+
+/// Tells what passes by itself (locked, full, no file, no free connection) from what is our bug.
+fn fault(error: sqlx::Error) -> Fault {
+    match &error {
+        sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => {
+            Fault::Unavailable(error.to_string())
+        }
+        sqlx::Error::Database(database) => {
+            // The primary result code is the low byte: https://sqlite.org/rescode.html
+            let code = database.code().and_then(|c| c.parse::<u32>().ok()).unwrap_or(0) & 0xff;
+            match code {
+                BUSY | LOCKED | READ_ONLY | INPUT_OUTPUT | FULL | CANNOT_OPEN => Fault::Unavailable(error.to_string()),
+                _ => Fault::Internal(error.to_string()),
+            }
+        }
+        _ => Fault::Internal(error.to_string()),
+    }
+}
+
+/// Whether an error says that a unique column has this value already.
+fn is_taken(error: &sqlx::Error, column: &str) -> bool {
+    matches!(error, sqlx::Error::Database(d) if d.is_unique_violation() && d.message().contains(column))
+}
+
+const BUSY: u32 = 5;
+const LOCKED: u32 = 6;
+const READ_ONLY: u32 = 8;
+const INPUT_OUTPUT: u32 = 10;
+const FULL: u32 = 13;
+const CANNOT_OPEN: u32 = 14;
+
+/// How long a request waits for the database before it is told that there is none. A gate's client waits no longer
+/// than that either.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Reads of the API at once; each is a thread, and they take microseconds.
+const READERS: u32 = 4;
+/// Snapshots for gates at once; further gates wait their turn.
+const SNAPSHOTS: u32 = 4;
