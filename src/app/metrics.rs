@@ -105,7 +105,7 @@ fn histogram((counts, sum_us): (Vec<u64>, u64)) -> HistogramSample {
     let bounds = crate::proxy::BUCKETS_US
         .iter()
         .map(|us| *us as f64 / 1e6)
-        .chain([f64::MAX]);
+        .chain([f64::INFINITY]);
     HistogramSample {
         buckets: bounds.zip(counts).collect(),
         sum: sum_us as f64 / 1e6,

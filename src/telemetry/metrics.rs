@@ -177,7 +177,7 @@ mod tests {
         });
         metrics.gauge("snapshot_keys", "Keys.", || vec![(vec![], 2.0)]);
         metrics.histogram("decision", "Time.", || HistogramSample {
-            buckets: vec![(0.1, 1), (f64::MAX, 2)],
+            buckets: vec![(0.1, 1), (f64::INFINITY, 2)],
             sum: 4.5,
         });
         let text = metrics.render();
