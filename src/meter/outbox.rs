@@ -1,0 +1,370 @@
+//! Batches on disk from before they are sent until they are acknowledged.
+//!
+//! The protocol, which makes each count arrive exactly once:
+//! - A process draws a random *run*; its batches are (run, 1), (run, 2), …, and the ledger applies each pair once.
+//!   No process ever numbers batches in another's run, so a number is never used for two things.
+//! - A batch is on disk before it is sent, and never changes once it was sent. Whoever does not hear an answer sends it
+//!   again; after a crash the next process does, under its old run and number.
+//! - Batches that were never sent may be merged, which happens when many pile up. The merged file names those that it
+//!   replaces, and takes effect by its renaming: after a crash either it or they count, never both.
+//!
+//! A file holds lines: a header, then each batch as the checksum of its JSON and the JSON as it is posted.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::usage::Tally;
+use crate::clock::Now;
+use crate::wire::UsageBatch;
+
+/// Batches that wait for the control plane.
+pub struct Outbox {
+    directory: PathBuf,
+    gate: String,
+    run: String,
+    next_sequence: u64,
+    cap_bytes: u64,
+    files: VecDeque<Waiting>,
+}
+
+/// One file of batches.
+struct Waiting {
+    name: String,
+    bytes: u64,
+    /// Where the JSON of each batch lies that is not acknowledged yet: offset and length.
+    left: VecDeque<(usize, usize)>,
+    /// Something of it may have reached the control plane: it must not change.
+    sent: bool,
+    /// Refused; not tried before this time (monotonic).
+    not_before_ns: u64,
+}
+
+/// One batch to post.
+pub struct Parcel {
+    /// The file it lies in.
+    pub name: String,
+    pub body: Vec<u8>,
+    offset: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    tollgate_usage: u32,
+    #[serde(default)]
+    replaces: Vec<String>,
+}
+
+impl Outbox {
+    /// Opens the directory, with what earlier processes left in it.
+    pub fn open(directory: PathBuf, gate: String, cap_bytes: u64, now: Now) -> io::Result<Self> {
+        fs::create_dir_all(&directory)?;
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&directory)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.ends_with(SUFFIX) {
+                names.push(name);
+            } else if name.ends_with(UNFINISHED) {
+                fs::remove_file(directory.join(name))?;
+            }
+        }
+        // Names begin with the time.
+        names.sort_unstable();
+        let run = new_run()?;
+        let mut outbox = Outbox {
+            directory,
+            gate,
+            run,
+            next_sequence: 1,
+            cap_bytes,
+            files: VecDeque::new(),
+        };
+        let mut replaced = Vec::new();
+        for name in names {
+            match outbox.read(&name) {
+                Ok((waiting, replaces)) => {
+                    outbox.files.push_back(waiting);
+                    replaced.extend(replaces);
+                }
+                Err(error) => log::error!(
+                    "meter: {} cannot be read and is left aside: {error}",
+                    outbox.path(&name).display()
+                ),
+            }
+        }
+        // A crash came between the merged file and the removal of what it replaces.
+        for name in replaced {
+            if outbox.files.iter().any(|file| file.name == name) {
+                outbox.remove(&name);
+            }
+        }
+        let (batches, bytes) = outbox.waiting();
+        if batches > 0 {
+            log::info!(
+                "meter: {batches} batches of usage ({bytes} bytes) wait since before {}",
+                now.unix_ms
+            );
+        }
+        Ok(outbox)
+    }
+
+    /// How many batches wait, and the bytes of their files.
+    pub fn waiting(&self) -> (u64, u64) {
+        let batches = self.files.iter().map(|file| file.left.len() as u64).sum();
+        (batches, self.files.iter().map(|file| file.bytes).sum())
+    }
+
+    /// Puts a tally on the disk. An error means that nothing of it will be sent.
+    pub fn push(&mut self, tally: &Tally, now: Now) -> io::Result<()> {
+        let waiting = self.write(tally, Vec::new(), now)?;
+        self.files.push_back(waiting);
+        Ok(())
+    }
+
+    /// Merges what was never sent, where many files pile up.
+    pub fn merge_if_many(&mut self, now: Now) -> io::Result<()> {
+        let mergeable: Vec<String> = self
+            .files
+            .iter()
+            .filter(|file| !file.sent)
+            .map(|file| file.name.clone())
+            .collect();
+        if mergeable.len() < MERGE_AT {
+            return Ok(());
+        }
+        let mut tally = Tally::default();
+        for name in &mergeable {
+            for batch in self.batches_of(name)? {
+                tally.add(batch);
+            }
+        }
+        let this_hour = now.unix_ms.div_euclid(3_600_000) * 60;
+        let sent_bytes: u64 = self.files.iter().filter(|file| file.sent).map(|file| file.bytes).sum();
+        let room = self.cap_bytes.saturating_sub(sent_bytes);
+        for span in [60, 24 * 60] {
+            if estimated_bytes(&tally) > room {
+                tally.coarsen(span, this_hour);
+            }
+        }
+        let merged = self.write(&tally, mergeable.clone(), now)?;
+        for name in &mergeable {
+            self.remove(name);
+        }
+        self.files.push_back(merged);
+        // Before the merged file can be gone, those that it replaces are gone for good.
+        File::open(&self.directory)?.sync_all()
+    }
+
+    /// The oldest batch that is due. It counts as sent from now on.
+    pub fn next(&mut self, now: Now) -> Option<Parcel> {
+        loop {
+            let file = self
+                .files
+                .iter_mut()
+                .find(|file| file.not_before_ns <= now.elapsed_ns)?;
+            file.sent = true;
+            let name = file.name.clone();
+            let Some(&(offset, length)) = file.left.front() else {
+                self.remove(&name);
+                continue;
+            };
+            let path = self.path(&name);
+            let mut body = vec![0; length];
+            match File::open(&path).and_then(|file| file.read_exact_at(&mut body, offset as u64)) {
+                Ok(()) => return Some(Parcel { name, body, offset }),
+                Err(error) => log::error!("meter: {} cannot be read and is left aside: {error}", path.display()),
+            }
+            self.files.retain(|file| file.name != name);
+        }
+    }
+
+    /// The control plane has the batch.
+    pub fn delivered(&mut self, parcel: &Parcel) {
+        let Some(file) = self.files.iter_mut().find(|file| file.name == parcel.name) else {
+            return;
+        };
+        file.left.retain(|(offset, _)| *offset != parcel.offset);
+        if file.left.is_empty() {
+            self.remove(&parcel.name);
+        }
+    }
+
+    /// The control plane will not have the batch as it is; it may be mended. Others go first.
+    pub fn set_aside(&mut self, parcel: &Parcel, now: Now) {
+        if let Some(file) = self.files.iter_mut().find(|file| file.name == parcel.name) {
+            file.not_before_ns = now.elapsed_ns + REFUSED_FOR_NS;
+        }
+    }
+
+    fn write(&mut self, tally: &Tally, replaces: Vec<String>, now: Now) -> io::Result<Waiting> {
+        let batches = tally.batches(&self.gate, &self.run, self.next_sequence, ENTRIES_IN_A_BATCH);
+        let mut bytes = serde_json::to_vec(&Header {
+            tollgate_usage: VERSION,
+            replaces,
+        })?;
+        bytes.push(b'\n');
+        let mut left = VecDeque::new();
+        for batch in &batches {
+            let json = serde_json::to_vec(batch)?;
+            write!(bytes, "{:016x} ", xxh3_64(&json))?;
+            left.push_back((bytes.len(), json.len()));
+            bytes.extend_from_slice(&json);
+            bytes.push(b'\n');
+        }
+        let name = format!(
+            "{:015}-{}-{:012}{SUFFIX}",
+            now.unix_ms.max(0),
+            self.run,
+            self.next_sequence
+        );
+        let unfinished = self.path(&name).with_extension("new");
+        let written = (|| {
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&unfinished)?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            fs::rename(&unfinished, self.path(&name))?;
+            File::open(&self.directory)?.sync_all()
+        })();
+        // Numbers are not used again even if this failed: the renaming may have taken place.
+        self.next_sequence += batches.len() as u64;
+        if let Err(error) = written {
+            let _ = fs::remove_file(&unfinished);
+            // Whatever of it is there must not be sent beside the next try; it was not sent yet.
+            match fs::remove_file(self.path(&name)) {
+                Err(removing) if removing.kind() != io::ErrorKind::NotFound => {
+                    log::error!(
+                        "meter: {} may count twice after a restart: {removing}",
+                        self.path(&name).display()
+                    );
+                }
+                _ => {}
+            }
+            return Err(error);
+        }
+        Ok(Waiting {
+            name,
+            bytes: bytes.len() as u64,
+            left,
+            sent: false,
+            not_before_ns: 0,
+        })
+    }
+
+    /// A file of an earlier process, which may have sent any of it.
+    fn read(&self, name: &str) -> io::Result<(Waiting, Vec<String>)> {
+        let bytes = fs::read(self.path(name))?;
+        let (header, lines) = split(&bytes)?;
+        let mut left = VecDeque::new();
+        let mut damaged = 0;
+        for line in lines {
+            match line.checked() {
+                Some(_) => left.push_back((line.offset, line.json.len())),
+                None => damaged += 1,
+            }
+        }
+        if damaged > 0 {
+            log::error!(
+                "meter: {damaged} batches in {} are damaged and lost",
+                self.path(name).display()
+            );
+        }
+        let waiting = Waiting {
+            name: name.to_owned(),
+            bytes: bytes.len() as u64,
+            left,
+            sent: true,
+            not_before_ns: 0,
+        };
+        Ok((waiting, header.replaces))
+    }
+
+    fn batches_of(&self, name: &str) -> io::Result<Vec<UsageBatch>> {
+        let bytes = fs::read(self.path(name))?;
+        let (_, lines) = split(&bytes)?;
+        lines
+            .map(|line| {
+                let json = line.checked().ok_or_else(|| io::Error::other("a batch is damaged"))?;
+                Ok(serde_json::from_slice(json)?)
+            })
+            .collect()
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.files.retain(|file| file.name != name);
+        if let Err(error) = fs::remove_file(self.path(name)) {
+            log::error!("meter: cannot remove {}: {error}", self.path(name).display());
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+}
+
+/// A line that holds a batch.
+struct Line<'b> {
+    checksum: &'b [u8],
+    json: &'b [u8],
+    offset: usize,
+}
+
+impl<'b> Line<'b> {
+    fn checked(&self) -> Option<&'b [u8]> {
+        let checksum = u64::from_str_radix(std::str::from_utf8(self.checksum).ok()?, 16).ok()?;
+        (xxh3_64(self.json) == checksum).then_some(self.json)
+    }
+}
+
+fn split(bytes: &[u8]) -> io::Result<(Header, impl Iterator<Item = Line<'_>>)> {
+    let not_ours = || io::Error::other("it is damaged, or written by another version");
+    let header_end = bytes.iter().position(|byte| *byte == b'\n').ok_or_else(not_ours)?;
+    let header: Header = serde_json::from_slice(&bytes[..header_end]).map_err(|_| not_ours())?;
+    if header.tollgate_usage != VERSION {
+        return Err(not_ours());
+    }
+    let mut offset = header_end + 1;
+    let lines = bytes[offset..].split_inclusive(|byte| *byte == b'\n').map(move |line| {
+        let start = offset;
+        offset += line.len();
+        let text = line.strip_suffix(b"\n").unwrap_or_default();
+        let (checksum, json) = text.split_at_checked(CHECKSUM_DIGITS).unwrap_or((text, &[]));
+        Line {
+            checksum,
+            json: json.strip_prefix(b" ").unwrap_or_default(),
+            offset: start + CHECKSUM_DIGITS + 1,
+        }
+    });
+    Ok((header, lines))
+}
+
+/// 128 random bits as 32 hex digits.
+fn new_run() -> io::Result<String> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).map_err(io::Error::other)?;
+    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn estimated_bytes(tally: &Tally) -> u64 {
+    tally.entries() as u64 * TYPICAL_ENTRY_BYTES
+}
+
+const VERSION: u32 = 1;
+const SUFFIX: &str = ".usage";
+const UNFINISHED: &str = ".new";
+const CHECKSUM_DIGITS: usize = 16;
+/// Some 600 KiB of JSON, well below what web servers take.
+const ENTRIES_IN_A_BATCH: usize = 5_000;
+const TYPICAL_ENTRY_BYTES: u64 = 120;
+/// A minute without the control plane.
+const MERGE_AT: usize = 64;
+const REFUSED_FOR_NS: u64 = 60_000_000_000;
