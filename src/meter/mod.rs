@@ -329,7 +329,11 @@ impl Shared {
             _ => {}
         }
         // Last, so that what an idle window counted has been drained.
-        if now.elapsed_ns.saturating_sub(self.gave_back_at_ns.load(Ordering::Relaxed)) >= GIVE_BACK_EVERY_NS {
+        if now
+            .elapsed_ns
+            .saturating_sub(self.gave_back_at_ns.load(Ordering::Relaxed))
+            >= GIVE_BACK_EVERY_NS
+        {
             self.gave_back_at_ns.store(now.elapsed_ns, Ordering::Relaxed);
             self.gate.give_back_idle(now);
         }
