@@ -112,6 +112,7 @@ async fn a_ledger_of_200_000_permits_is_exact_whatever_happens_to_the_batches() 
         UsageFault::Refuse(401),
     ];
     let mut permits = BTreeMap::<String, u64>::new();
+    let mut seen_faults = 0;
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     for round in 0..200_u32 {
         for _ in 0..1_000 {
@@ -125,11 +126,12 @@ async fn a_ledger_of_200_000_permits_is_exact_whatever_happens_to_the_batches() 
         // A key that nobody knows is refused, and counted apart.
         assert_eq!(verdict_in(&gate, &clock, 777_777, "live"), Err(Reason::UnknownKey));
         clock.advance(Duration::from_secs(7));
-        tokio::time::sleep(Duration::from_millis(2)).await;
-        plane
-            .state()
-            .usage_faults
-            .push_back(faults[round as usize % faults.len()]);
+        tokio::time::sleep(Duration::from_millis(15)).await;
+        let faulty = plane.state().usage_faults.len();
+        if faulty < 2 {
+            plane.state().usage_faults.push_back(faults[seen_faults % faults.len()]);
+            seen_faults += 1;
+        }
         if round % 40 == 20 {
             plane.set_down(true);
         }
@@ -142,6 +144,7 @@ async fn a_ledger_of_200_000_permits_is_exact_whatever_happens_to_the_batches() 
             running = Running::start(settings(Some(&plane.url), directory.path()), &gate, &clock);
         }
     }
+    assert!(seen_faults >= faults.len(), "{seen_faults}");
     eventually("the whole ledger", || sums(&plane).0.values().sum::<u64>() >= 200_000).await;
     // Nothing more may come.
     eventually("an empty outbox", || running.meter.status().unsent_batches == 0).await;
@@ -151,7 +154,11 @@ async fn a_ledger_of_200_000_permits_is_exact_whatever_happens_to_the_batches() 
     assert_eq!(by_environment.values().sum::<u64>(), 200_000);
     assert_eq!(refusals, 200);
     let state = plane.state();
-    println!("{} batches received, {} applied", state.received, state.ledger.len());
+    println!(
+        "{} batches received, {} applied, {seen_faults} faults",
+        state.received,
+        state.ledger.len()
+    );
     assert!(state.received > state.ledger.len(), "some were repeated");
     let sequences: Vec<_> = state.ledger.iter().map(|batch| (&batch.run, batch.sequence)).collect();
     assert!(sequences.iter().all(|(_, sequence)| *sequence > 0));
@@ -231,7 +238,7 @@ async fn a_long_outage_is_merged_and_keeps_its_sums() {
     // Enough for the present hour only.
     settings.outbox_bytes = 100_000;
     let running = Running::start(settings, &gate, &clock);
-    for _ in 0..1_000 {
+    for _ in 0..300 {
         for n in 0..30 {
             assert!(pass(&gate, &clock, n));
         }
@@ -241,12 +248,12 @@ async fn a_long_outage_is_merged_and_keeps_its_sums() {
     let files = fs::read_dir(directory.path().join("usage")).unwrap().count();
     let bytes = running.meter.status().unsent_bytes;
     assert!(files <= 70, "{files} files");
-    assert!(bytes < 1_000_000, "{bytes} bytes: a thousand minutes would take 3 MB");
+    assert!(bytes < 500_000, "{bytes} bytes: by the minute they would take 1 MB");
     plane.set_down(false);
     eventually("an empty outbox", || running.meter.status().unsent_batches == 0).await;
-    assert_eq!(sums(&plane).0.values().sum::<u64>(), 30_000);
+    assert_eq!(sums(&plane).0.values().sum::<u64>(), 9_000);
     let status = running.meter.status();
-    assert_eq!((status.permits, status.post_error), (30_000, None));
+    assert_eq!((status.permits, status.post_error), (9_000, None));
     running.stop().await;
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -64,6 +64,9 @@ pub struct State {
     pub received: usize,
     pub down: bool,
     pub zstd: bool,
+    /// When the last answer of a stream began.
+    pub began: Option<Instant>,
+    prepared: Option<Vec<u8>>,
 }
 
 /// A control plane on a port of its own. It stops with the test's runtime.
@@ -125,6 +128,15 @@ impl Plane {
         drop(state);
         self.changed.send_replace(revision);
         revision
+    }
+
+    /// Makes the next snapshot ready; its size.
+    pub fn prepare(&self) -> usize {
+        let mut state = self.state();
+        let prepared = snapshot(state.revision, state.keys.values());
+        let bytes = prepared.len();
+        state.prepared = Some(prepared);
+        bytes
     }
 
     pub fn forget(&self, id: &str) -> u64 {
@@ -282,14 +294,21 @@ impl Plane {
         stream.begin().await?;
         let mut changed = self.changed.subscribe();
         let (mut sent, snapshot) = {
-            let state = self.state();
+            let mut state = self.state();
+            state.began = Some(Instant::now());
             let oldest = state
                 .changes
                 .first()
                 .map_or(state.revision, |(revision, _)| revision - 1);
             match after {
                 Some(after) if (oldest..=state.revision).contains(&after) => (after, None),
-                _ => (state.revision, Some(snapshot(state.revision, state.keys.values()))),
+                _ => {
+                    let prepared = state.prepared.take();
+                    (
+                        state.revision,
+                        Some(prepared.unwrap_or_else(|| snapshot(state.revision, state.keys.values()))),
+                    )
+                }
             }
         };
         if let Some(snapshot) = snapshot {
