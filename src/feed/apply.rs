@@ -39,9 +39,7 @@ pub enum FeedError {
         offered: u64,
         in_force: u64,
     },
-    Empty {
-        in_force: usize,
-    },
+    Empty,
     TooManyKeys {
         offered: u64,
         cap: u64,
@@ -71,11 +69,8 @@ impl fmt::Display for FeedError {
                 f,
                 "it is at revision {offered}, older than {in_force} which is in force (restored from a backup?): refused"
             ),
-            FeedError::Empty { in_force } => {
-                write!(
-                    f,
-                    "its snapshot has no keys while {in_force} are in force (an empty database?): refused"
-                )
+            FeedError::Empty => {
+                f.write_str("its snapshot has no keys while there are some in force (an empty database?): refused")
             }
             FeedError::TooManyKeys { offered, cap } => {
                 write!(
@@ -280,9 +275,8 @@ impl<'s> Applier<'s> {
         }
         let shared = self.shared;
         let (revision, keys, unusable) = (staging.revision, staging.seen, staging.unusable);
-        let in_force = shared.gate.key_count();
-        if keys == 0 && in_force > 0 {
-            return Err(FeedError::Empty { in_force });
+        if keys == 0 && shared.holds_keys.load(Ordering::Relaxed) {
+            return Err(FeedError::Empty);
         }
         // Twice: from the first call on no change goes to the spool's old file, and a rewrite that began between the
         // two may have taken its keys from before the commit.
@@ -290,6 +284,7 @@ impl<'s> Applier<'s> {
         let committed = staging.resync.commit(revision);
         shared.spool.iter().for_each(super::spool::Spool::detach);
         committed.map_err(FeedError::Gate)?;
+        shared.holds_keys.store(keys > 0, Ordering::Relaxed);
         shared.counts.snapshots.fetch_add(1, Ordering::Relaxed);
         if unusable > 0 {
             log::error!("feed: {unusable} of {keys} keys in the snapshot cannot be used and are left out");
@@ -318,6 +313,7 @@ impl<'s> Applier<'s> {
         if let Some((spool, record)) = record {
             spool.append(record);
         }
+        shared.holds_keys.store(true, Ordering::Relaxed);
         shared.counts.changes.fetch_add(1, Ordering::Relaxed);
         self.good(revision);
         Ok(())

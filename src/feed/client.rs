@@ -157,10 +157,10 @@ impl Client {
         if self.zstd {
             request = request.header(ACCEPT_ENCODING, "zstd");
         }
-        let response = match tokio::time::timeout(RESPONSE_TIMEOUT, request.send()).await {
+        let response = match tokio::time::timeout(self.silence, request.send()).await {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => return FeedError::Http(cause(&error)),
-            Err(_) => return FeedError::Silent(RESPONSE_TIMEOUT),
+            Err(_) => return FeedError::Silent(self.silence),
         };
         if response.status() != http::StatusCode::OK {
             return FeedError::Status(response.status().as_u16());
@@ -339,7 +339,6 @@ fn cause(error: &reqwest::Error) -> String {
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 const ACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Chunks between reader and applier; hyper's are at most some 400 KiB.
 const QUEUED_CHUNKS: usize = 16;

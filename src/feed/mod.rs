@@ -199,6 +199,7 @@ impl Feed {
             stale: AtomicBool::new(false),
             counts: Counts::default(),
             behind: AtomicBool::new(false),
+            holds_keys: AtomicBool::new(false),
             connection: Mutex::new(Connection::default()),
             applied: watch::Sender::new(None),
         });
@@ -222,7 +223,8 @@ impl Feed {
                 None => LoadOutcome::Missing,
             },
         };
-        if let LoadOutcome::Loaded { saved_at_ms, .. } = &outcome {
+        if let LoadOutcome::Loaded { saved_at_ms, keys, .. } = &outcome {
+            self.shared.holds_keys.store(*keys > 0, Ordering::Relaxed);
             let now = self.shared.clock.now();
             self.shared
                 .heard_at_ns
@@ -340,6 +342,8 @@ struct Shared {
     stale: AtomicBool,
     counts: Counts,
     behind: AtomicBool,
+    /// Whether keys came with the last snapshot or since.
+    holds_keys: AtomicBool,
     connection: Mutex<Connection>,
     /// The revision to acknowledge.
     applied: watch::Sender<Option<u64>>,

@@ -150,11 +150,7 @@ struct RawSecret {
 
 impl RawLine {
     fn feed_revision(&self) -> Result<u64, ParseError> {
-        match self.revision {
-            Some(0) => Err(ParseError("\"revision\" is 0: they start at 1".into())),
-            Some(revision) => Ok(revision),
-            None => Err(missing("revision")),
-        }
+        self.revision.ok_or_else(|| missing("revision"))
     }
 
     fn into_key(self, revision: u64) -> Result<KeyUpdate, ParseError> {
@@ -464,10 +460,6 @@ mod tests {
                 "\"id\" is not 1 to 255 bytes long",
             ),
             (r#"{"revision":1}"#, "\"type\" is missing"),
-            (
-                r#"{"type":"heartbeat","revision":0}"#,
-                "\"revision\" is 0: they start at 1",
-            ),
             (r#"{"type":"end","xxh3":"12"}"#, "\"xxh3\" is not 16 hex digits"),
             (
                 r#"{"type":"end","xxh3":"zzzzzzzzzzzzzzzz"}"#,

@@ -108,16 +108,18 @@ impl Spool {
 
     /// Appends a change that is in force already.
     pub fn append(&self, record: Vec<u8>) {
-        let mut state = self.state();
-        if let Some(pending) = &mut state.pending {
-            pending.push(record);
-        } else if let Some(log) = &mut state.log {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if let Some(log) = &mut state.log {
             match log.append(&self.key, &record) {
                 Ok(()) => state.unsynced = true,
-                Err(error) => self.failed(&mut state, "append to", &error, 0),
+                Err(error) => self.log_failed(state, "append to", &error),
             }
         }
-        // Otherwise the next rewrite takes the key from the gate.
+        // Without either the next rewrite takes the key from the gate.
+        if let Some(pending) = &mut state.pending {
+            pending.push(record);
+        }
     }
 
     /// A snapshot replaces, or may have replaced, what the file's changes build on.
@@ -138,7 +140,7 @@ impl Spool {
             state.log.as_ref().map(|log| Arc::clone(&log.file))
         };
         if let Some(Err(error)) = file.map(|file| file.sync_data()) {
-            self.failed(&mut self.state(), "sync", &error, 0);
+            self.log_failed(&mut self.state(), "sync", &error);
         }
     }
 
@@ -178,28 +180,31 @@ impl Spool {
         };
         let beside = self.path.with_extension("spool.new");
         let written = write_keys(&beside, &self.key, gate, heard_at_ms);
-        let mut state = self.state();
+        let mut guard = self.state();
+        let state = &mut *guard;
         if state.generation != generation {
             return;
         }
         let pending = state.pending.take().unwrap_or_default();
-        let replaced = written.and_then(|mut log| {
+        let replaced = written.and_then(|log| {
+            let Some(mut log) = log else { return Ok(None) };
             for record in pending {
                 log.append(&self.key, &record)?;
             }
             log.file.sync_data()?;
             fs::rename(&beside, &self.path)?;
-            Ok(log)
+            Ok(Some(log))
         });
         match replaced {
-            Ok(log) => {
+            Ok(None) => {}
+            Ok(Some(log)) => {
                 state.log = Some(log);
                 state.heard_at_ms = heard_at_ms;
                 state.unsynced = false;
                 if state.error.take().is_some() {
                     log::info!("feed: the spool {} is up to date again", self.path.display());
                 }
-                drop(state);
+                drop(guard);
                 // The rename itself; until then a power failure brings the old spool back, whole.
                 if let Some(directory) = self.path.parent()
                     && let Err(error) = File::open(directory).and_then(|directory| directory.sync_all())
@@ -207,18 +212,24 @@ impl Spool {
                     log::warn!("feed: cannot sync {}: {error}", directory.display());
                 }
             }
-            Err(error) => self.failed(&mut state, "rewrite", &error, now.elapsed_ns + RETRY_AFTER_NS),
+            Err(error) => {
+                state.retry_at_ns = now.elapsed_ns + RETRY_AFTER_NS;
+                self.say_failed(state, "rewrite", &error);
+            }
         }
     }
 
-    /// The file no longer has what is in force: said once, and written anew when that works again.
-    fn failed(&self, state: &mut State, what: &str, error: &io::Error, retry_at_ns: u64) {
+    /// The file no longer has what is in force: it is written anew as soon as that works.
+    fn log_failed(&self, state: &mut State, what: &str, error: &io::Error) {
         state.log = None;
-        state.pending = None;
-        state.retry_at_ns = retry_at_ns;
+        self.say_failed(state, what, error);
+    }
+
+    /// Said once, until it works again.
+    fn say_failed(&self, state: &mut State, what: &str, error: &io::Error) {
         let message = format!("cannot {what} the spool {}: {error}", self.path.display());
         if state.error.replace(message.clone()).is_none() {
-            log::error!("feed: {message}; a restart would go back to an earlier state until that is mended");
+            log::error!("feed: {message}; a restart may go back to an earlier state until that is mended");
         }
     }
 
@@ -412,8 +423,8 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> usize {
     filled
 }
 
-/// Writes all keys to a new file, and forces them to the disk.
-fn write_keys(path: &Path, key: &MacKey, gate: &Gate, heard_at_ms: i64) -> io::Result<Log> {
+/// Writes all keys to a new file, and forces them to the disk. `None`: a snapshot is being built, so there will be others.
+fn write_keys(path: &Path, key: &MacKey, gate: &Gate, heard_at_ms: i64) -> io::Result<Option<Log>> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
@@ -436,7 +447,7 @@ fn write_keys(path: &Path, key: &MacKey, gate: &Gate, heard_at_ms: i64) -> io::R
     let mut writer = BufWriter::with_capacity(CHUNK_BYTES, &file);
     writer.write_all(&header.encode())?;
     let (mut bytes, mut outcome) = (Vec::with_capacity(256), Ok(()));
-    gate.export_keys(&mut |update| {
+    let exported = gate.export_keys(&mut |update| {
         if outcome.is_ok() {
             bytes.clear();
             encode_key(&update, &mut bytes);
@@ -447,6 +458,9 @@ fn write_keys(path: &Path, key: &MacKey, gate: &Gate, heard_at_ms: i64) -> io::R
         }
     });
     outcome?;
+    if exported.is_none() {
+        return Ok(None);
+    }
     let seal = sealing.finish(&header);
     writer.write_all(&seal)?;
     writer.seek(SeekFrom::Start(0))?;
@@ -455,12 +469,12 @@ fn write_keys(path: &Path, key: &MacKey, gate: &Gate, heard_at_ms: i64) -> io::R
     writer.seek(SeekFrom::Start(end))?;
     drop(writer);
     file.sync_all()?;
-    Ok(Log {
+    Ok(Some(Log {
         file: Arc::new(file),
         chain: Chain::from_seal(&seal),
         keys_end: end,
         end,
-    })
+    }))
 }
 
 /// Checksum and MAC of the keys and then the header, which is known last: it counts them.

@@ -371,11 +371,6 @@ impl Writer {
         }
     }
 
-    /// All owner slots.
-    pub fn owners(&self) -> impl Iterator<Item = SlotId> {
-        self.ids.iter().copied()
-    }
-
     /// All slots that were ever taken.
     pub fn slot_ids(&self) -> std::ops::Range<SlotId> {
         0..self.next

@@ -9,6 +9,7 @@ use super::snapshot::{KeyError, KeyUpdate, SecretUpdate, Snapshot, Terms, Writer
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 impl Gate {
     /// The revision of the keys in force; `None` before the first snapshot.
@@ -75,17 +76,30 @@ impl Gate {
         })
     }
 
-    /// Every key as an update again, and the revision that they are at; `None` before the first snapshot.
+    /// Every key as an update again, and the revision that was in force when this began. Changes go on meanwhile: of a
+    /// key that is changed, either form may come. `None`: there is no snapshot yet, or a full one is being built.
     pub fn export_keys(&self, each: &mut dyn FnMut(KeyUpdate)) -> Option<u64> {
-        self.with_writer(|writer| {
-            let revision = self.revision()?;
-            for owner in writer.owners() {
-                if let Some(update) = self.export_key(owner, revision) {
-                    each(update);
+        let revision = self.revision()?;
+        let mut next = 0;
+        loop {
+            let end = self.with_writer(|writer| {
+                let end = writer.slot_ids().end;
+                let upto = end.min(next + EXPORTED_AT_ONCE);
+                for id in next..upto {
+                    let is_owner = self.slots.get(id).is_some_and(|slot| slot.owner.load(Relaxed) == id);
+                    if let Some(update) = is_owner.then(|| self.export_key(id, revision)).flatten() {
+                        each(update);
+                    }
                 }
+                next = upto;
+                end
+            })?;
+            if next >= end {
+                return Some(revision);
             }
-            Some(revision)
-        })?
+            // The lock is not a fair one: without a pause a change would wait for all keys.
+            std::thread::sleep(EXPORT_PAUSE);
+        }
     }
 
     fn export_key(&self, owner: SlotId, revision: u64) -> Option<KeyUpdate> {
@@ -231,6 +245,10 @@ impl Gate {
         }
     }
 }
+
+/// About a millisecond's work.
+const EXPORTED_AT_ONCE: SlotId = 1024;
+const EXPORT_PAUSE: Duration = Duration::from_micros(50);
 
 /// A full snapshot in the making.
 pub struct Resync<'g> {
