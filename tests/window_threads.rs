@@ -1,6 +1,6 @@
 //! The window under real threads: races for the last permit, migrations in the middle of a burst, a running clock.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -113,10 +113,10 @@ fn migrations_and_limit_changes_in_a_burst_lose_no_count() {
         limit(20_000, 90_000),
         limit(60_000, 60_000),
     ];
-    let (mut given_in_all, mut looks) = (0_u64, 0_u64);
+    let mut given_in_all = 0;
     for round in 0..150 {
         let place = Place(ArcSwap::from_pointee(Window::new(policies[0], T0)));
-        let (policy, given, running) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(true));
+        let (policy, given) = (AtomicU64::new(0), AtomicU64::new(0));
         thread::scope(|scope| {
             let takers: Vec<_> = (0..THREADS)
                 .map(|thread| {
@@ -131,28 +131,23 @@ fn migrations_and_limit_changes_in_a_burst_lose_no_count() {
                             if place.take(limit, cost, T0 + 10).is_ok() {
                                 given.fetch_add(u64::from(cost), Ordering::Release);
                             }
+                            if request % 10 == 9 {
+                                // The journal looks on, and sees no less than what was given before.
+                                let window = place.0.load();
+                                let before = given.load(Ordering::Acquire);
+                                let counted = window.export(T0 + 10).total();
+                                assert!(
+                                    counted >= before || window.is_retired(),
+                                    "{counted} exported of {before}"
+                                );
+                            }
                         }
                     })
                 })
                 .collect();
-            scope.spawn(|| {
-                while running.load(Ordering::Relaxed) {
-                    // The journal looks on meanwhile, and sees no less than what was given before.
-                    let window = place.0.load_full();
-                    let before = given.load(Ordering::Acquire);
-                    let counted = window.export(T0 + 10).total();
-                    assert!(
-                        counted >= before || window.is_retired(),
-                        "{counted} exported after {before} were given"
-                    );
-                    looks += 1;
-                    thread::yield_now();
-                }
-            });
             for taker in takers {
                 taker.join().unwrap();
             }
-            running.store(false, Ordering::Relaxed);
         });
         let given = given.into_inner();
         assert_eq!(
@@ -163,8 +158,8 @@ fn migrations_and_limit_changes_in_a_burst_lose_no_count() {
         assert!(given <= 60_000, "round {round}: {given} given of the largest limit");
         given_in_all += given;
     }
-    println!("150 rounds of 400 policy changes, {given_in_all} permits, {looks} exports, every permit counted");
-    assert!(given_in_all > 150 * 50 && looks > 150);
+    println!("150 rounds of 400 policy changes and 800 exports, {given_in_all} permits, every permit counted");
+    assert!(given_in_all > 150 * 50);
 }
 
 #[test]

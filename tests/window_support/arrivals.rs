@@ -153,7 +153,7 @@ impl Arrivals {
     pub fn next(&mut self) -> (u64, u32) {
         match self.pattern {
             Pattern::Random => self.pass_about(self.mean_ns / (1 + self.phase % 10)),
-            Pattern::Edges => self.to_an_edge(),
+            Pattern::Edges => self.jump_to_an_edge(),
             Pattern::LoneClient => self.now_ns += std::mem::take(&mut self.wait_ns),
             Pattern::Sawtooth => {
                 self.phase += 1;
@@ -210,7 +210,7 @@ impl Arrivals {
         (epoch * sixtieth).div_ceil(60) as u64
     }
 
-    fn to_an_edge(&mut self) {
+    fn jump_to_an_edge(&mut self) {
         if self.burst_left > 0 {
             self.burst_left -= 1;
             return;
