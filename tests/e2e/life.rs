@@ -1,0 +1,202 @@
+//! Starting, stopping, and living through the control plane's absence.
+
+use crate::harness::{PATIENCE, Process, Tollgate, until};
+use reqwest::{Method, StatusCode};
+use serde_json::json;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Starts `tollgate run` on a configuration; returns it and the gate's URL.
+pub fn run(config: &Path, state_dir: &Path) -> (Process, String) {
+    let process = start(config);
+    let address = state_dir.join("run/gate.addr");
+    let url = until(
+        || std::fs::read_to_string(&address).ok(),
+        || "the gate does not start".into(),
+    );
+    (process, format!("http://{}", url.trim()))
+}
+
+fn start(config: &Path) -> Process {
+    let log = config.with_extension("log");
+    let child = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+        .arg("run")
+        .arg("-c")
+        .arg(config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(log).unwrap())
+        .spawn()
+        .unwrap();
+    Process::new(child)
+}
+
+#[tokio::test]
+async fn started_again_on_the_same_data_the_old_key_still_works() {
+    let first = Tollgate::start().await;
+    let old = first.key.clone();
+    assert_eq!(first.ask("/any", &old).await.status(), StatusCode::OK);
+    let second = Tollgate::start_in(first.stop()).await;
+    assert_ne!(second.key, old, "a fresh key is printed");
+    assert_eq!(second.ask("/any", &old).await.status(), StatusCode::OK);
+    let left = second.ask("/any", &old).await.headers()["ratelimit"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert!(left.contains(";r=997;"), "a restart forgives nothing: {left}");
+}
+
+#[tokio::test]
+async fn term_with_nothing_in_flight_ends_at_once_and_with_a_request_after_it() {
+    let mut tollgate = Tollgate::start().await;
+    let slow = tollgate.get("/delay/1500").header("x-api-key", &tollgate.key).send();
+    let slow = tokio::spawn(slow);
+    let metrics = format!("{}/metrics", tollgate.admin);
+    loop {
+        let text = tollgate
+            .client
+            .get(&metrics)
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        if text.lines().any(|line| line == "tollgate_requests_in_flight 1.0") {
+            break;
+        }
+    }
+    tollgate.process().signal("TERM");
+    let response = slow.await.unwrap().unwrap();
+    assert_eq!(response.status(), StatusCode::OK, "what was in flight is finished");
+    assert!(tollgate.process().wait(Duration::from_secs(5)).success());
+
+    let mut idle = Tollgate::start().await;
+    let asked = Instant::now();
+    idle.process().signal("TERM");
+    assert!(idle.process().wait(PATIENCE).success());
+    assert!(asked.elapsed() < Duration::from_secs(3), "took {:?}", asked.elapsed());
+}
+
+/// Two processes: a control plane, and a gate that follows it.
+#[tokio::test]
+async fn with_the_control_plane_stopped_the_gate_serves_on_and_catches_up_when_it_is_back() {
+    let first = Tollgate::start().await;
+    let account = first.register("outage@example.com").await;
+    let key = first.create_key(&account, "live", &[]).await;
+    let port = first.control.rsplit(':').next().unwrap().to_owned();
+    let upstream = crate::harness::standing_upstream().await;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(first.data().join("feed.token"), dir.path().join("feed.token")).unwrap();
+    std::fs::copy(first.data().join("admin.token"), dir.path().join("admin.token")).unwrap();
+    let common =
+        "keys:\n  environments:\n    live: {{prefix: pxk_live_, billed: true}}\n    test: {{prefix: pxk_test_}}\n    dev: {{prefix: pxk_dev_}}\n\
+         scopes: [identity:resolve]\ntiers:\n  default: {{limit: 1000, window: 1h}}\nplans: {{starter: {{}}}}\nlog: {{level: info, access: off}}\n"
+            .replace("{{", "{").replace("}}", "}");
+    let gate_file = dir.path().join("gate.yaml");
+    std::fs::write(
+        &gate_file,
+        format!(
+            "version: 1\n{common}gate:\n  name: edge-1\n  listen: [{{address: \"127.0.0.1:0\"}}]\n  state_dir: {dir}/gate\n  \
+             feed: {{url: \"http://127.0.0.1:{port}\", token_file: {dir}/feed.token}}\nupstreams:\n  origin: {{servers: [\"{upstream}\"]}}\n\
+             routes:\n  - {{name: rest, match: {{path: \"/**\"}}, upstream: origin}}\n",
+            dir = dir.path().display(),
+        ),
+    )
+    .unwrap();
+    let (gate_process, gate) = run(&gate_file, &dir.path().join("gate"));
+    let status = async |secret: &str| {
+        let request = first_client(&gate, secret);
+        request.send().await.unwrap().status()
+    };
+    let eventually = async |secret: &str, expected: StatusCode| {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let seen = status(secret).await;
+            if seen == expected {
+                return;
+            }
+            assert!(Instant::now() < deadline, "still {seen}, not {expected}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    eventually(&key.secret, StatusCode::OK).await;
+    let data = first.stop();
+    for _ in 0..20 {
+        assert_eq!(
+            status(&key.secret).await,
+            StatusCode::OK,
+            "the control plane is down, the gate serves on"
+        );
+    }
+    drop(gate_process);
+    let (_gate_process, gate) = run_again(&gate_file, &dir.path().join("gate"));
+    let restarted = first_client(&gate, &key.secret).send().await.unwrap().status();
+    assert_eq!(
+        restarted,
+        StatusCode::OK,
+        "restarted with the control plane down, from its spool"
+    );
+
+    let control_file = dir.path().join("control.yaml");
+    std::fs::write(
+        &control_file,
+        format!(
+            "version: 1\n{common}control:\n  listen: {{address: \"127.0.0.1:{port}\"}}\n  database: sqlite://{data}/tollgate.db\n  \
+             state_dir: {dir}/control\n  feed_token_file: {dir}/feed.token\n  admin_token_file: {dir}/admin.token\n",
+            data = data.path().display(),
+            dir = dir.path().display(),
+        ),
+    )
+    .unwrap();
+    let _control = start(&control_file);
+    let control = format!("http://127.0.0.1:{port}");
+    let answers = async || {
+        crate::harness::client()
+            .get(format!("{control}/api/v1/plans"))
+            .send()
+            .await
+            .is_ok()
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while !answers().await {
+        assert!(Instant::now() < deadline, "the control plane does not come back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let sign_in = json!({"email": "outage@example.com", "password": "your-secure-password"});
+    let client = crate::harness::client();
+    let signed_in = client
+        .post(format!("{control}/api/v1/login"))
+        .json(&sign_in)
+        .send()
+        .await
+        .unwrap();
+    let cookie = signed_in.headers()["set-cookie"]
+        .to_str()
+        .unwrap()
+        .split(';')
+        .next()
+        .unwrap()
+        .to_owned();
+    let revoke = client
+        .request(Method::DELETE, format!("{control}/api/v1/keys/{}", key.id))
+        .header("cookie", cookie);
+    assert!(revoke.send().await.unwrap().status().is_success());
+    let deadline = Instant::now() + PATIENCE;
+    while first_client(&gate, &key.secret).send().await.unwrap().status() != StatusCode::UNAUTHORIZED {
+        assert!(Instant::now() < deadline, "the gate does not catch up");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn run_again(config: &Path, state_dir: &Path) -> (Process, String) {
+    std::fs::remove_file(state_dir.join("run/gate.addr")).unwrap();
+    run(config, state_dir)
+}
+
+fn first_client(gate: &str, secret: &str) -> reqwest::RequestBuilder {
+    crate::harness::client()
+        .get(format!("{gate}/any"))
+        .header("x-api-key", secret)
+}
