@@ -1,0 +1,8 @@
+//! The control plane over a real socket, with a moved clock.
+
+mod accounts;
+mod feed;
+mod harness;
+mod keys;
+mod ledger;
+mod routes;
