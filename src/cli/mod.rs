@@ -33,9 +33,24 @@ enum Command {
 /// Runs the command.
 pub fn main() -> ExitCode {
     let done = match Arguments::parse().command {
-        Command::Dev { data, listen, control, admin } => app::dev(app::DevOptions { data, listen, control, admin }),
+        Command::Dev {
+            data,
+            listen,
+            control,
+            admin,
+        } => app::dev(app::DevOptions {
+            data,
+            listen,
+            control,
+            admin,
+        }),
         Command::Run { config } => match config::load(&config, &config::process_env) {
-            Ok(loaded) => app::run(loaded, app::RunOptions { config_path: Some(config) }),
+            Ok(loaded) => app::run(
+                loaded,
+                app::RunOptions {
+                    config_path: Some(config),
+                },
+            ),
             Err(faults) => Err(faults.into()),
         },
     };
