@@ -6,6 +6,7 @@
 //! | `service` | the rules |
 //! | `store` | one trait per subject, and its implementations |
 //! | `api` | HTTP: one file per resource, one file that turns faults into answers |
+//! | `serve` | connections, their number and their deadlines |
 //! | `feed_server`, `hub` | what gates follow, and who they are |
 //!
 //! It never imports the gate: the two meet in [`crate::wire`] only.
@@ -17,6 +18,7 @@ mod model;
 mod password;
 mod plane;
 mod secret;
+mod serve;
 mod service;
 mod settings;
 mod store;

@@ -1,13 +1,13 @@
 //! The control plane as the rest of the program sees it.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::api;
 use super::model::{Actor, Caller, Fault, Origin};
+use super::serve;
 use super::service::Service;
 use super::settings::Settings;
 use super::store::Store;
@@ -40,28 +40,20 @@ impl ControlPlane {
         listener: tokio::net::TcpListener,
         shutdown: impl Future<Output = ()>,
     ) -> std::io::Result<()> {
-        let service = self.router().into_make_service_with_connect_info::<SocketAddr>();
-        let (ended, mut end) = tokio::sync::watch::channel(false);
-        let upkeep = tokio::spawn(keep_up(Arc::clone(&self.0), ended.subscribe()));
-        let server = axum::serve(listener, service).with_graceful_shutdown(async move {
-            // An error means that the sender is gone, which is the end too.
-            let _ = end.wait_for(|ended| *ended).await;
-        });
-        let server = std::future::IntoFuture::into_future(server);
-        tokio::pin!(server, shutdown);
-        let served = tokio::select! {
-            served = &mut server => served,
-            () = &mut shutdown => {
-                self.0.hub.close();
-                ended.send_replace(true);
-                server.await
-            }
+        let (ended, end) = tokio::sync::watch::channel(false);
+        let upkeep = tokio::spawn(keep_up(Arc::clone(&self.0), end));
+        let hub = Arc::clone(&self.0.hub);
+        // The feed's connections never end by themselves: they are told first, or the others' end would wait for them.
+        let shutdown = async move {
+            shutdown.await;
+            hub.close();
         };
+        serve::serve(listener, self.router(), shutdown).await;
         ended.send_replace(true);
         if let Err(error) = upkeep.await {
             log::error!("the control plane's upkeep ended badly: {error}");
         }
-        served
+        Ok(())
     }
 
     /// For the `dev` command: makes a demo organisation once, and a fresh live key each time.

@@ -65,6 +65,8 @@ impl Fields {
                 Value::String(text) => texts.push(text),
                 _ => {
                     self.fault::<()>(&format!("{name}[{index}]"), "must be a string");
+                    // Holds its place, so that the faults of later entries are told with the right index.
+                    texts.push(String::new());
                 }
             }
         }

@@ -289,7 +289,7 @@ impl Service {
 }
 
 /// A fresh key and its secret.
-pub(super) fn new_key(
+pub fn new_key(
     organization: &str,
     name: String,
     environment: &Environment,

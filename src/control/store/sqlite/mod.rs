@@ -271,3 +271,130 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const READERS: u32 = 4;
 /// Snapshots for gates at once; further gates wait their turn.
 const SNAPSHOTS: u32 = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::model::{Actor, Caller, Origin};
+    use crate::control::store::{AccountStore as _, FeedStore as _, NewAccount};
+
+    fn account(id: &str, name: String) -> NewAccount {
+        let organization = crate::control::model::Organization {
+            id: id.to_owned(),
+            name,
+            plan: "starter".into(),
+            created_at_ms: 0,
+        };
+        let note = AuditNote {
+            organization_id: Some(id.to_owned()),
+            action: "organization.register",
+            target_kind: "organization",
+            target_id: id.to_owned(),
+            detail: serde_json::json!({"padding": "x".repeat(20_000)}),
+        };
+        NewAccount {
+            organization,
+            user: None,
+            key: None,
+            invitation: None,
+            note,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_database_is_unavailable_and_nothing_is_half_done() {
+        let store = SqliteStore::open("sqlite::memory:").await.unwrap();
+        let caller = Caller {
+            actor: Actor::System,
+            origin: Origin::default(),
+        };
+        let stamp = Stamp {
+            caller: &caller,
+            now_ms: 0,
+        };
+        let pages: i64 = sqlx::query_scalar("PRAGMA page_count")
+            .fetch_one(&store.writer)
+            .await
+            .unwrap();
+        // The same error as from a full disk. The setting belongs to the one connection that writes.
+        let limit = format!("PRAGMA max_page_count = {}", pages + 2);
+        sqlx::query(sqlx::AssertSqlSafe(limit))
+            .execute(&store.writer)
+            .await
+            .unwrap();
+        let result = store.create_account(&account("org_1", "n".into()), stamp).await;
+        assert!(matches!(result, Err(Fault::Unavailable(_))), "{result:?}");
+        assert_eq!(store.organization("org_1").await.unwrap(), None);
+        sqlx::query("PRAGMA max_page_count = 1000000")
+            .execute(&store.writer)
+            .await
+            .unwrap();
+        store
+            .create_account(&account("org_1", "n".into()), stamp)
+            .await
+            .unwrap();
+        assert!(store.organization("org_1").await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn the_database_is_set_up_as_promised() {
+        let store = SqliteStore::open("sqlite::memory:").await.unwrap();
+        let pragma = async |name: &str| {
+            let statement = sqlx::AssertSqlSafe(format!("PRAGMA {name}"));
+            let row: (String,) = sqlx::query_as(statement)
+                .fetch_one(&store.writer)
+                .await
+                .unwrap_or_default();
+            row.0
+        };
+        assert_eq!(pragma("journal_mode").await, "wal");
+        let number = async |name: &str| {
+            let statement = sqlx::AssertSqlSafe(format!("PRAGMA {name}"));
+            sqlx::query_scalar::<_, i64>(statement)
+                .fetch_one(&store.writer)
+                .await
+                .unwrap()
+        };
+        assert_eq!(number("foreign_keys").await, 1);
+        assert_eq!(number("synchronous").await, 2, "FULL");
+        assert_eq!(number("busy_timeout").await, 5_000);
+        let loose: Vec<String> = sqlx::query_scalar(
+            "SELECT name FROM pragma_table_list WHERE schema = 'main' AND strict = 0 AND name NOT LIKE 'sqlite_%'
+             AND name NOT LIKE '_sqlx_%'",
+        )
+        .fetch_all(&store.writer)
+        .await
+        .unwrap();
+        assert!(loose.is_empty(), "not STRICT: {loose:?}");
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_does_not_see_what_came_after_it() {
+        let store = SqliteStore::open("sqlite::memory:").await.unwrap();
+        let caller = Caller {
+            actor: Actor::System,
+            origin: Origin::default(),
+        };
+        let stamp = Stamp {
+            caller: &caller,
+            now_ms: 0,
+        };
+        let mut snapshot = store.feed_snapshot().await.unwrap();
+        let mut with_key = account("org_1", "n".into());
+        let environment = crate::control::settings::Environment {
+            name: "live".into(),
+            prefix: "pxk_live_".into(),
+            billed: true,
+        };
+        let (key, _) =
+            crate::control::service::keys::new_key("org_1", "k".into(), &environment, vec![], None, 0).unwrap();
+        with_key.key = Some(key);
+        assert_eq!(store.create_account(&with_key, stamp).await.unwrap(), 1);
+        assert_eq!((snapshot.revision(), snapshot.keys()), (0, 0));
+        assert_eq!(snapshot.next().await.unwrap(), None);
+        let mut later = store.feed_snapshot().await.unwrap();
+        assert_eq!((later.revision(), later.keys()), (1, 1));
+        assert!(later.next().await.unwrap().unwrap().ends_with('\n'));
+        assert_eq!(later.next().await.unwrap(), None);
+    }
+}
