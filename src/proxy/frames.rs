@@ -115,7 +115,12 @@ impl FrameWatch {
             let (used, frame, update) = self.sent.advance(bytes);
             bytes = &bytes[used..];
             // The response has begun, or the stream is gone: from here on the upstream's timeouts hold.
-            if let Some(Frame { kind: HEADERS | RST_STREAM, stream, .. }) = frame {
+            if let Some(Frame {
+                kind: HEADERS | RST_STREAM,
+                stream,
+                ..
+            }) = frame
+            {
                 self.forget(stream);
             }
             match update {

@@ -947,7 +947,8 @@ static CLASS: [u8; 256] = {
         if byte == b'_' {
             class |= UNDERSCORE;
         }
-        if byte == b'#' {
+        // What HTTP libraries refuse in a query, too; other bytes that RFC 3986 excludes are in wide use there.
+        if in_set(byte, b"#\"<>") {
             class &= !QUERY;
         }
         table[b] = class;

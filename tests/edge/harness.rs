@@ -338,7 +338,7 @@ async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>
         let chunked = header(&head, "transfer-encoding").is_some();
         loop {
             let end = if chunked {
-                find(&buffer, b"0\r\n\r\n").map(|at| at + 5)
+                chunked_end(&buffer)
             } else {
                 Some(length.unwrap_or(0))
             };
@@ -375,6 +375,22 @@ async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>
         let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
         if stream.write_all(head.as_bytes()).await.is_err() || stream.write_all(&body).await.is_err() {
             return;
+        }
+    }
+}
+
+/// Where a chunked body without extensions and trailers ends.
+fn chunked_end(body: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    loop {
+        let line = find(&body[at..], b"\r\n")?;
+        let size = usize::from_str_radix(std::str::from_utf8(&body[at..at + line]).ok()?, 16).ok()?;
+        at += line + 2 + size + 2;
+        if at > body.len() {
+            return None;
+        }
+        if size == 0 {
+            return Some(at);
         }
     }
 }
@@ -422,9 +438,12 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Reader<S> {
 
     /// The next response; `None` at the end of the connection.
     pub async fn response(&mut self) -> Option<Response> {
-        tokio::time::timeout(PATIENCE, self.read_response())
-            .await
-            .expect("a response, or the end, in time")
+        self.try_response().await.expect("a response, or the end, in time")
+    }
+
+    /// The next response, unless it takes too long.
+    pub async fn try_response(&mut self) -> Result<Option<Response>, tokio::time::error::Elapsed> {
+        tokio::time::timeout(PATIENCE, self.read_response()).await
     }
 
     async fn read_response(&mut self) -> Option<Response> {
