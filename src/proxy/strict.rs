@@ -604,30 +604,6 @@ fn hex(digit: u8) -> Option<u8> {
     char::from(digit).to_digit(16).map(|value| value as u8)
 }
 
-/// Decodes percent-encoding, for matching a route's literal segments against a path that [`check_target`] let pass.
-/// Borrows where there is nothing to decode, which is nearly always.
-pub fn decode_path(path: &str) -> std::borrow::Cow<'_, [u8]> {
-    let bytes = path.as_bytes();
-    if memchr::memchr(b'%', bytes).is_none() {
-        return bytes.into();
-    }
-    let mut decoded = Vec::with_capacity(bytes.len());
-    let mut i = 0;
-    while i < bytes.len() {
-        match percent_byte(bytes, i) {
-            Ok(byte) => {
-                decoded.push(byte);
-                i += 3;
-            }
-            Err(_) => {
-                decoded.push(bytes[i]);
-                i += 1;
-            }
-        }
-    }
-    decoded.into()
-}
-
 /// Overlong forms such as `%C0%AF` are slashes to some decoders and garbage to others; only UTF-8 passes. Works
 /// through a small window, so that nothing is allocated.
 fn check_utf8(path: &[u8]) -> Result<(), Ambiguity> {
@@ -1165,11 +1141,5 @@ mod tests {
                 bytes.escape_ascii()
             );
         }
-    }
-
-    #[test]
-    fn decoding_is_for_matching() {
-        assert_eq!(&*decode_path("/a%3Ab/%C3%A9"), "/a:b/é".as_bytes());
-        assert!(matches!(decode_path("/plain"), std::borrow::Cow::Borrowed(_)));
     }
 }
