@@ -537,6 +537,11 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
                     b'.' => return Err(Ambiguity::PathEncodedDot),
                     0..0x20 | 0x7f => return Err(Ambiguity::PathEncodedControl),
                     b'/' if strict => return Err(Ambiguity::PathEncodedSlash),
+                    b'/' => {
+                        // A slash to whoever decodes before it looks for dots.
+                        check_segment(&path[segment_start..i], strict)?;
+                        segment_start = i + 3;
+                    }
                     b'%' if strict && is_hex_pair(path, i + 3) => return Err(Ambiguity::PercentDouble),
                     b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' | b'-' | b'_' if strict => {
                         return Err(Ambiguity::PathEncodedPlain);
@@ -574,9 +579,9 @@ fn check_segment(segment: &[u8], strict: bool) -> Result<(), Ambiguity> {
             }
         }
         Some(b'.') => {
-            // What stands before a `;` is the segment to servers that know path parameters: `..;x` is `..`.
-            let stem = segment.split(|b| *b == b';').next().unwrap_or(segment);
-            if stem.iter().all(|b| *b == b'.') {
+            // What stands before a `;`, encoded or not, is the segment to servers that know path parameters.
+            let dots = segment.iter().take_while(|b| **b == b'.').count();
+            if matches!(&segment[dots..], [] | [b';', ..] | [b'%', b'3', b'b' | b'B', ..]) {
                 return Err(Ambiguity::PathDots);
             }
         }
@@ -1033,6 +1038,7 @@ mod tests {
             ("/a/.../b", Ambiguity::PathDots),
             ("/a/..?x", Ambiguity::PathDots),
             ("/a/..;/b", Ambiguity::PathSemicolon),
+            ("/a/..%3B/b", Ambiguity::PathDots),
             ("/a;x=1", Ambiguity::PathSemicolon),
             ("/a\\b", Ambiguity::PathBackslash),
             ("/a%5cb", Ambiguity::PathBackslash),

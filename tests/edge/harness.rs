@@ -240,6 +240,11 @@ impl Door {
         upstream
     }
 
+    /// Requests go to this port from now on.
+    pub fn forward_to(&self, port: u16) {
+        self.upstream.store(port, Ordering::SeqCst);
+    }
+
     pub async fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address).await.unwrap();
         stream.set_nodelay(true).unwrap();
