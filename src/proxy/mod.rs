@@ -4,10 +4,18 @@
 //! of our namespace off the request and says whose it is; `response_filter` tells what is left of the limit.
 
 pub mod access_log;
+pub mod client_address;
+pub mod edge;
+pub mod frames;
+pub mod guard;
 mod metrics;
 mod request_id;
 pub mod response;
+pub mod slots;
+pub mod strict;
+pub mod tls;
 pub mod upstream;
+mod wire;
 
 pub use metrics::{BUCKETS_US, ProxyMetrics};
 pub use response::{Answer, ResponseSettings};

@@ -1,0 +1,9 @@
+//! The strict edge over real sockets: what is refused, what is forwarded, and what becomes of the connection.
+
+mod differential;
+mod h2raw;
+mod harness;
+mod http1;
+mod http2;
+mod slow;
+mod table;
