@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{MapAccess, Visitor};
@@ -12,6 +13,7 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::scalar::{BaseUrl, Bytes, ListenAddress, NetworkText, ServerAddress, Span};
+use super::settings::Network;
 
 /// 2^31 − 1: what a window can count (31 bits).
 const MOST_PERMITS: u32 = 0x7fff_ffff;
@@ -87,12 +89,9 @@ pub(super) struct Gate {
     /// The upstream of requests that no route matches (any valid key, tier `default`). Left out: the upstream called `default`, or the only one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default_upstream: Option<String>,
-    /// Networks of proxies in front of the gate, whose forwarding headers and PROXY protocol are believed.
+    /// Networks of proxies in front of the gate, whose forwarding headers (`X-Forwarded-For`, `Forwarded`) and PROXY protocol are believed.
     #[serde(default)]
     pub trusted_proxies: Vec<NetworkText>,
-    /// Which header of a trusted proxy names the client.
-    #[serde(default)]
-    pub client_address: ClientAddress,
     /// Bounds on what one client can make the gate hold.
     #[serde(default)]
     pub limits: Limits,
@@ -102,7 +101,7 @@ pub(super) struct Gate {
     /// Which rate limit headers answers carry.
     #[serde(default)]
     pub rate_limit_headers: RateLimitHeaders,
-    /// How request paths are judged.
+    /// `strict`: what two readers could read differently is refused. `relaxed`: for upstreams that need `//`, `;` or `%2F` in paths; dot segments, backslashes and control bytes are refused all the same.
     #[serde(default)]
     pub paths: Paths,
     /// How long requests in flight may take to finish after TERM. 30 s: what Kubernetes and Docker users expect before a KILL.
@@ -289,63 +288,60 @@ pub(super) struct ClientTls {
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-#[schemars(inline)]
-pub(super) enum ClientAddress {
-    #[default]
-    XForwardedFor,
-    Forwarded,
-}
-
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub(super) enum Paths {
     #[default]
     Strict,
+    Relaxed,
 }
 
 /// Bounds on what one client can make the gate hold.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Limits {
-    /// Largest request head. 32 KiB: four times nginx's default for a line, what large cookies need.
+    /// Largest request head. 32 KiB: nginx has 4 × 8 KiB.
     pub head_bytes: Bytes,
     /// Most header fields of a request. 100: Apache's `LimitRequestFields`.
     #[schemars(range(min = 1, max = 1000))]
     pub head_fields: u32,
+    /// Longest request target. 8 KiB: nginx's limit, and what RFC 9112 asks every server to support.
+    pub target_bytes: Bytes,
     /// From the first byte of a request head to its last, in all, on TLS and plain. 10 s: a slow mobile link sends 32 KiB in that time.
     pub head_deadline: Span,
-    /// For the whole TLS handshake. 10 s, as for the head.
-    pub tls_deadline: Span,
-    /// A kept-alive connection without a request is closed after this. 60 s: below the 65 to 75 s after which common load balancers reuse nothing.
-    pub idle: Span,
-    /// Longest pause within a request body. 30 s: as nginx's `client_body_timeout`, halved.
-    pub body_idle: Span,
-    /// Longest pause of a client that reads an answer. 30 s, as `body_idle`.
-    pub write_idle: Span,
-    /// Largest request body. Left out: no limit.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body_bytes: Option<Bytes>,
-    /// Bytes a second that a request body must average once it has taken `body_idle`; 0: none. 500: Apache's `mod_reqtimeout`.
-    pub body_min_rate: Bytes,
-    /// Client connections in all. 20,000: about 1.3 GB if every one holds a full head and buffers.
+    /// For the whole TLS handshake, and for a PROXY header. 10 s, as for the head.
+    pub handshake_deadline: Span,
+    /// A kept-alive connection without a request is closed after this. 60 s: Pingora's default.
+    pub idle_timeout: Span,
+    /// Longest pause within a request body. 20 s: Apache's `mod_reqtimeout`.
+    pub body_grace: Span,
+    /// Longest time in which a client takes nothing of an answer. 60 s: nginx's `send_timeout`.
+    pub response_grace: Span,
+    /// Bytes a second that a request body, or an answer being taken, must keep up. 500: Apache's `mod_reqtimeout`.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub min_bytes_per_second: u32,
+    /// Longest silence, in both directions, of an upgraded connection (WebSocket). 1 h: longer than any heartbeat in use.
+    pub upgraded_idle: Span,
+    /// Client connections in all. 20,000: about 120 MB at rest.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections: u32,
-    /// Client connections of one address. 1,000: an office behind one address, not a flood.
+    /// Client connections of one IPv4 address or IPv6 /64; trusted proxies are exempt. 1,000: an office behind one address, not a flood.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections_per_address: u32,
-    /// Requests on one connection before it is closed. Left out: no limit.
+    /// Requests on one connection before it is closed. Left out: no limit, since nothing grows with their number.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub requests_per_connection: Option<u32>,
     /// Streams of one HTTP/2 connection at once. 100: the least that RFC 9113 recommends.
     #[schemars(range(min = 1, max = 10_000))]
     pub h2_streams: u32,
-    /// Streams that a client may reset within 10 s before its connection is closed. 200: twice `h2_streams`, far below a rapid-reset attack.
-    #[schemars(range(min = 1, max = 100_000))]
-    pub h2_resets: u32,
-    /// Idle upstream connections kept, per worker. 128: Pingora's default.
+    /// Streams that a client may reset in a minute before its connection is closed. 1,000: no browser comes near, a rapid-reset attack needs more in a second.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub h2_resets_per_minute: u32,
+    /// HTTP/2 frames without content that a client may send in a second. 1,000: an upload that opens its window with every frame needs less.
+    #[schemars(range(min = 10, max = 1_000_000))]
+    pub h2_control_frames_per_second: u32,
+    /// Idle upstream connections kept. 128: Pingora's default.
     #[schemars(range(min = 0, max = 100_000))]
     pub upstream_pool: u32,
 }
@@ -355,18 +351,20 @@ impl Default for Limits {
         Self {
             head_bytes: Bytes(32 * 1024),
             head_fields: 100,
+            target_bytes: Bytes(8 * 1024),
             head_deadline: Span::secs(10),
-            tls_deadline: Span::secs(10),
-            idle: Span::secs(60),
-            body_idle: Span::secs(30),
-            write_idle: Span::secs(30),
-            body_bytes: None,
-            body_min_rate: Bytes(500),
+            handshake_deadline: Span::secs(10),
+            idle_timeout: Span::secs(60),
+            body_grace: Span::secs(20),
+            response_grace: Span::secs(60),
+            min_bytes_per_second: 500,
+            upgraded_idle: Span::secs(3600),
             connections: 20_000,
             connections_per_address: 1_000,
             requests_per_connection: None,
             h2_streams: 100,
-            h2_resets: 200,
+            h2_resets_per_minute: 1_000,
+            h2_control_frames_per_second: 1_000,
             upstream_pool: 128,
         }
     }
@@ -746,9 +744,6 @@ pub(super) struct Route {
     /// Let `Upgrade` (WebSocket) through.
     #[serde(default)]
     pub upgrade: bool,
-    /// Largest request body here. Left out: `gate.limits.body_bytes`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body_bytes: Option<Bytes>,
 }
 
 /// Which requests a rule is for.
@@ -810,36 +805,41 @@ pub(super) struct Control {
     /// The plan of a new organisation.
     #[serde(default = "default_plan")]
     pub default_plan: String,
-    /// The environment of the key that registration hands out. Left out: `dev`, or the first that is not billed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub first_key_environment: Option<String>,
-    /// Sessions of the portal.
-    #[serde(default)]
-    pub sessions: Sessions,
-    /// Failed logins before an account or an address is answered 429.
+    /// Registrations that one address may make in an hour. 100: a classroom behind one address.
+    #[serde(default = "registrations_per_hour")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub registrations_per_hour: u32,
+    /// Failed sign-ins of one account, and of one address, in 15 minutes before more are answered 429. 10: room for a forgotten password.
     #[serde(default = "login_attempts")]
-    pub login_attempts: FailedAttempts,
-    /// Networks of proxies in front of the control plane. A gate of the same process is always trusted.
-    #[serde(default)]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub login_attempts: u32,
+    /// Networks of proxies in front of the control plane, whose `X-Forwarded-For` is believed. The gate of the same machine is one.
+    #[serde(default = "loopback")]
     pub trusted_proxies: Vec<NetworkText>,
-    /// `?wait=all`: how long to wait for the gates.
-    #[serde(default)]
-    pub wait: Wait,
-    /// How long to keep what only grows.
-    #[serde(default)]
-    pub retention: Retention,
 }
 
 fn default_plan() -> String {
     "starter".to_owned()
 }
 
-fn login_attempts() -> FailedAttempts {
-    // OWASP's advice is to slow guessing after a handful of failures; ten leave room for a forgotten password.
-    FailedAttempts {
-        limit: 10,
-        window: Span::secs(15 * 60),
-    }
+fn registrations_per_hour() -> u32 {
+    100
+}
+
+fn login_attempts() -> u32 {
+    10
+}
+
+fn loopback() -> Vec<NetworkText> {
+    let v4 = Network {
+        address: Ipv4Addr::new(127, 0, 0, 0).into(),
+        prefix_length: 8,
+    };
+    let v6 = Network {
+        address: Ipv6Addr::LOCALHOST.into(),
+        prefix_length: 128,
+    };
+    vec![NetworkText(v4), NetworkText(v6)]
 }
 
 /// Where the control plane listens.
@@ -870,56 +870,6 @@ pub(super) enum Registration {
     Open,
     Invite,
     Off,
-}
-
-/// Sessions of the portal.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub(super) struct Sessions {
-    /// A session that was not used for so long ends. 7 days.
-    pub idle: Span,
-    /// Any session ends after so long. 30 days.
-    pub lifetime: Span,
-}
-
-impl Default for Sessions {
-    fn default() -> Self {
-        Self {
-            idle: Span::secs(7 * 24 * 3600),
-            lifetime: Span::secs(30 * 24 * 3600),
-        }
-    }
-}
-
-/// Waiting for gates.
-#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub(super) struct Wait {
-    /// If the caller does not say. 5 s: far above the second within which any gate applies a change.
-    pub default: Span,
-    /// The most that a caller may ask for. 60 s: below common timeouts of HTTP clients.
-    pub max: Span,
-}
-
-impl Default for Wait {
-    fn default() -> Self {
-        Self {
-            default: Span::secs(5),
-            max: Span::secs(60),
-        }
-    }
-}
-
-/// How long to keep what only grows.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub(super) struct Retention {
-    /// Usage by minute. Left out: for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Span>,
-    /// Audit lines. Left out: for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub audit: Option<Span>,
 }
 
 /// The operator's listener.

@@ -72,6 +72,14 @@ pub fn show_json(path: &FilePath, env: &dyn Fn(&str) -> Option<String>) -> Resul
     serde_json::to_value(&file).map_err(|error| whole(path.display().to_string(), format!("cannot be shown: {error}")))
 }
 
+/// A duration as the file has it: `500ms`, `30s`, `5m`, `24h`, `30d`.
+///
+/// # Errors
+/// What would be right.
+pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    text.parse::<scalar::Span>().map(|span| span.0)
+}
+
 /// What the process's environment answers for `${NAME}`.
 pub fn process_env(name: &str) -> Option<String> {
     std::env::var(name).ok()
@@ -285,12 +293,12 @@ mod tests {
                 path: directory.path().join("tollgate.db")
             }
         );
-        assert_eq!(control.first_key_environment, "dev");
         assert_eq!(control.feed_token.expose(), "feed-token-0123456789abcdef");
         let gate = config.gate.unwrap();
         assert_eq!(gate.listen[0].address, "127.0.0.1:0");
         assert_eq!(gate.feed.source, FeedSource::Control);
         assert_eq!(gate.header_prefix, "x-platformxe-");
+        assert_eq!(gate.default_upstream, "platform");
     }
 
     #[test]

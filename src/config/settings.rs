@@ -45,10 +45,10 @@ pub struct Gate {
     /// Spool, journal and `run/*.addr`.
     pub state_dir: PathBuf,
     pub feed: Feed,
+    /// The name of the upstream of requests that no route matches; the same as that of the route that matches all.
+    pub default_upstream: String,
     /// Networks whose forwarding headers are believed.
     pub trusted_proxies: Vec<Network>,
-    /// Which header of a trusted proxy names the client.
-    pub client_address: ClientAddress,
     pub limits: Limits,
     pub failed_attempts: FailedAttempts,
     pub rate_limit_headers: RateLimitHeaders,
@@ -135,47 +135,36 @@ pub struct Network {
     pub prefix_length: u8,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClientAddress {
-    /// `X-Forwarded-For`, read from the right.
-    XForwardedFor,
-    /// `Forwarded` (RFC 7239), read from the right.
-    Forwarded,
-}
-
 /// Bounds on what one client can make the gate hold. Durations and sizes are never 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
     pub head_bytes: usize,
     pub head_fields: usize,
+    pub target_bytes: usize,
     /// From the first byte of a request head to its last, in all.
     pub head_deadline: Duration,
-    pub tls_deadline: Duration,
+    /// For the TLS handshake, and for a PROXY header.
+    pub handshake_deadline: Duration,
     /// Between two requests on a kept-alive connection.
-    pub idle: Duration,
-    /// Between two reads of a request body.
-    pub body_idle: Duration,
-    /// Between two writes that make progress on a response.
-    pub write_idle: Duration,
-    /// Largest request body; `None`: no limit.
-    pub body_bytes: Option<u64>,
-    /// Bytes per second that a request body must average after its first `body_idle`; `None`: none.
-    pub body_min_rate: Option<u64>,
+    pub idle_timeout: Duration,
+    /// The longest pause in a request body.
+    pub body_grace: Duration,
+    /// The longest time in which a client takes nothing of a response.
+    pub response_grace: Duration,
+    /// What a body, or a response being taken, must keep up.
+    pub min_bytes_per_second: u32,
+    /// Silence in both directions of an upgraded connection.
+    pub upgraded_idle: Duration,
     pub connections: usize,
     pub connections_per_address: usize,
     /// Requests on one connection before it is closed; `None`: no limit.
     pub requests_per_connection: Option<u32>,
     /// Concurrent streams of one HTTP/2 connection.
     pub h2_streams: u32,
-    /// Resets of streams by the client within [`Limits::H2_RESET_WINDOW`] before the connection is closed.
-    pub h2_resets: u32,
-    /// Idle connections kept to upstreams, per worker.
+    pub h2_resets_per_minute: u32,
+    pub h2_control_frames_per_second: u32,
+    /// Idle connections kept to upstreams.
     pub upstream_pool: usize,
-}
-
-impl Limits {
-    /// What `h2_resets` is counted over.
-    pub const H2_RESET_WINDOW: Duration = Duration::from_secs(10);
 }
 
 /// Bad credentials that one client address may send in a window before it is answered 429.
@@ -197,6 +186,8 @@ pub struct RateLimitHeaders {
 pub enum Paths {
     /// Refuse what two readers could read differently.
     Strict,
+    /// Let `//`, `;` and encoded slashes pass.
+    Relaxed,
 }
 
 /// What a key looks like, and how it is rotated.
@@ -350,8 +341,6 @@ pub struct Route {
     pub sandbox_upstream: Option<String>,
     /// Let `Upgrade` (WebSocket) through.
     pub upgrade: bool,
-    /// Largest request body here; `None`: the gate's.
-    pub body_bytes: Option<u64>,
 }
 
 impl Route {
@@ -436,36 +425,11 @@ pub struct Control {
     pub state_dir: PathBuf,
     /// The plan of a new organisation; the name of a plan.
     pub default_plan: String,
-    /// The environment of the key that registration hands out; the name of an environment.
-    pub first_key_environment: String,
-    pub sessions: Sessions,
-    pub login_attempts: FailedAttempts,
+    pub registrations_per_hour: u32,
+    /// Failed sign-ins of one account, and of one address, in 15 minutes.
+    pub login_attempts: u32,
     /// Proxies whose forwarding headers are believed, as in [`Gate::trusted_proxies`].
     pub trusted_proxies: Vec<Network>,
-    /// How long `?wait=all` waits for the gates where the caller does not say, and the most it may ask for.
-    pub wait: Wait,
-    pub retention: Retention,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sessions {
-    /// Ends a session that was not used for so long.
-    pub idle: Duration,
-    /// Ends any session after so long.
-    pub lifetime: Duration,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wait {
-    pub default: Duration,
-    pub max: Duration,
-}
-
-/// How long the control plane keeps what only grows; `None`: for ever.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retention {
-    pub usage: Option<Duration>,
-    pub audit: Option<Duration>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

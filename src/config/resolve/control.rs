@@ -5,12 +5,9 @@ use std::time::Duration;
 use super::super::fault::Path;
 use super::super::file;
 use super::super::settings::{
-    AccessLog, Admin, Cluster, ClusterMode, Control, Database, Format, Level, Log, OnLoss, Output, Registration,
-    Retention, Secret, Sessions, Wait,
+    AccessLog, Admin, Cluster, ClusterMode, Control, Database, Format, Level, Log, OnLoss, Output, Registration, Secret,
 };
 use super::{Resolver, names_of};
-
-const DAY: Duration = Duration::from_secs(24 * 3600);
 
 impl Resolver {
     pub(super) fn control(&mut self, control: &file::Control, file: &file::File) -> Control {
@@ -76,33 +73,10 @@ impl Resolver {
             },
             state_dir,
             default_plan: control.default_plan.clone(),
-            first_key_environment: self.first_key_environment(&path, control, file),
-            sessions: self.sessions(&path.key("sessions"), &control.sessions),
-            login_attempts: self.failed_attempts(&path.key("login_attempts"), &control.login_attempts),
+            registrations_per_hour: control.registrations_per_hour,
+            login_attempts: control.login_attempts,
             trusted_proxies: control.trusted_proxies.iter().map(|network| network.0).collect(),
-            wait: self.wait(&path.key("wait"), &control.wait),
-            retention: self.retention(&path.key("retention"), &control.retention),
         }
-    }
-
-    fn first_key_environment(&mut self, path: &Path, control: &file::Control, file: &file::File) -> String {
-        let environments = &file.keys.environments.0;
-        if let Some(name) = &control.first_key_environment {
-            self.known(
-                &path.key("first_key_environment"),
-                "environment",
-                name,
-                &names_of(environments),
-            );
-            return name.clone();
-        }
-        let named_dev = environments.0.iter().find(|(name, _)| name == "dev");
-        let sandbox = environments.0.iter().find(|(_, environment)| !environment.billed);
-        named_dev
-            .or(sandbox)
-            .or(environments.0.first())
-            .map(|(name, _)| name.clone())
-            .unwrap_or_default()
     }
 
     fn database(&mut self, path: &Path, url: &str) -> Database {
@@ -136,56 +110,6 @@ impl Resolver {
         };
         self.fault(path, message);
         Database::Postgres { url: Secret::new("") }
-    }
-
-    fn sessions(&mut self, path: &Path, sessions: &file::Sessions) -> Sessions {
-        let least = Duration::from_secs(60);
-        let lifetime = self.span(&path.key("lifetime"), sessions.lifetime, least, 365 * DAY);
-        let written = self.places.was_written(&path.key("idle"));
-        let idle = if written {
-            sessions.idle.0
-        } else {
-            sessions.idle.0.min(lifetime)
-        };
-        if idle < least {
-            self.fault(
-                &path.key("idle"),
-                format!("must be 1m or more, found {}", sessions.idle),
-            );
-        } else if idle > lifetime {
-            self.fault(
-                &path.key("idle"),
-                format!("{} is longer than lifetime ({})", sessions.idle, sessions.lifetime),
-            );
-        }
-        Sessions { idle, lifetime }
-    }
-
-    fn wait(&mut self, path: &Path, wait: &file::Wait) -> Wait {
-        let max = self.timeout(&path.key("max"), wait.max);
-        let written = self.places.was_written(&path.key("default"));
-        let default = if written {
-            wait.default.0
-        } else {
-            wait.default.0.min(max)
-        };
-        if default > max {
-            self.fault(
-                &path.key("default"),
-                format!("{} is longer than max ({})", wait.default, wait.max),
-            );
-        }
-        Wait { default, max }
-    }
-
-    fn retention(&mut self, path: &Path, retention: &file::Retention) -> Retention {
-        let mut keep = |name: &str, span: Option<super::Span>| {
-            span.map(|span| self.span(&path.key(name), span, DAY, 1_000 * 365 * DAY))
-        };
-        Retention {
-            usage: keep("usage", retention.usage),
-            audit: keep("audit", retention.audit),
-        }
     }
 
     pub(super) fn admin(&mut self, admin: &file::Admin) -> Admin {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::super::fault::Path;
 use super::super::file;
 use super::super::settings::{
-    ClientAddress, ClientTls, FailedAttempts, Feed, FeedSource, Gate, Limits, Listener, ListenerTls, Paths,
-    RateLimitHeaders, TlsVersion,
+    ClientTls, FailedAttempts, Feed, FeedSource, Gate, Limits, Listener, ListenerTls, Paths, RateLimitHeaders, Route,
+    TlsVersion,
 };
 use super::Resolver;
 
@@ -27,7 +27,7 @@ const NOT_OURS: [&str; 8] = [
 const LEAST_STALENESS: Duration = Duration::from_secs(6);
 
 impl Resolver {
-    pub(super) fn gate(&mut self, gate: &file::Gate, file: &file::File) -> Gate {
+    pub(super) fn gate(&mut self, gate: &file::Gate, file: &file::File, routes: &[Route]) -> Gate {
         let path = Path::root().key("gate");
         self.name(&path.key("name"), "a gate", &gate.name);
         let listen = gate.listen.iter().enumerate().map(|(index, listener)| {
@@ -73,11 +73,12 @@ impl Resolver {
             realm: gate.realm.clone(),
             state_dir: self.file_path(&path.key("state_dir"), &gate.state_dir),
             feed: self.feed(&path.key("feed"), gate.feed.as_ref(), file.control.is_some()),
+            default_upstream: routes
+                .iter()
+                .find(|route| route.is_catch_all())
+                .map(|route| route.upstream.clone())
+                .unwrap_or_default(),
             trusted_proxies: gate.trusted_proxies.iter().map(|network| network.0).collect(),
-            client_address: match gate.client_address {
-                file::ClientAddress::XForwardedFor => ClientAddress::XForwardedFor,
-                file::ClientAddress::Forwarded => ClientAddress::Forwarded,
-            },
             limits: self.limits(&path.key("limits"), &gate.limits),
             failed_attempts: self.failed_attempts(&path.key("failed_attempts"), &gate.failed_attempts),
             rate_limit_headers: RateLimitHeaders {
@@ -86,6 +87,7 @@ impl Resolver {
             },
             paths: match gate.paths {
                 file::Paths::Strict => Paths::Strict,
+                file::Paths::Relaxed => Paths::Relaxed,
             },
             shutdown_grace: self.span(
                 &shutdown_path,
@@ -231,10 +233,11 @@ impl Resolver {
                 format!("must be from 1024 to 1048576 (1 MiB), found {head_bytes}"),
             );
         }
-        if limits.body_bytes.is_some_and(|bytes| bytes.0 == 0) {
+        let target_bytes = limits.target_bytes.0;
+        if target_bytes < 256 || target_bytes > head_bytes {
             self.fault(
-                &path.key("body_bytes"),
-                "0 would refuse every body; leave it out for no limit",
+                &path.key("target_bytes"),
+                format!("must be from 256 to head_bytes ({head_bytes}), found {target_bytes}"),
             );
         }
         if limits.connections_per_address > limits.connections {
@@ -252,23 +255,25 @@ impl Resolver {
         Limits {
             head_bytes: usize::try_from(head_bytes).unwrap_or(usize::MAX),
             head_fields: limits.head_fields as usize,
+            target_bytes: usize::try_from(target_bytes).unwrap_or(usize::MAX),
             head_deadline: self.timeout(&path.key("head_deadline"), limits.head_deadline),
-            tls_deadline: self.timeout(&path.key("tls_deadline"), limits.tls_deadline),
-            idle: self.timeout(&path.key("idle"), limits.idle),
-            body_idle: self.timeout(&path.key("body_idle"), limits.body_idle),
-            write_idle: self.timeout(&path.key("write_idle"), limits.write_idle),
-            body_bytes: limits.body_bytes.map(|bytes| bytes.0),
-            body_min_rate: Some(limits.body_min_rate.0).filter(|rate| *rate > 0),
+            handshake_deadline: self.timeout(&path.key("handshake_deadline"), limits.handshake_deadline),
+            idle_timeout: self.timeout(&path.key("idle_timeout"), limits.idle_timeout),
+            body_grace: self.timeout(&path.key("body_grace"), limits.body_grace),
+            response_grace: self.timeout(&path.key("response_grace"), limits.response_grace),
+            min_bytes_per_second: limits.min_bytes_per_second,
+            upgraded_idle: self.timeout(&path.key("upgraded_idle"), limits.upgraded_idle),
             connections: limits.connections as usize,
             connections_per_address: limits.connections_per_address as usize,
             requests_per_connection: limits.requests_per_connection,
             h2_streams: limits.h2_streams,
-            h2_resets: limits.h2_resets,
+            h2_resets_per_minute: limits.h2_resets_per_minute,
+            h2_control_frames_per_second: limits.h2_control_frames_per_second,
             upstream_pool: limits.upstream_pool as usize,
         }
     }
 
-    pub(super) fn failed_attempts(&mut self, path: &Path, attempts: &file::FailedAttempts) -> FailedAttempts {
+    fn failed_attempts(&mut self, path: &Path, attempts: &file::FailedAttempts) -> FailedAttempts {
         let window = self.span(
             &path.key("window"),
             attempts.window,

@@ -14,7 +14,7 @@ use super::expand::read_trimmed;
 use super::fault::{Fault, Path, did_you_mean, listed};
 use super::file;
 use super::scalar::Span;
-use super::settings::{Certificate, Config, Secret};
+use super::settings::{Certificate, Config, Secret, Tier};
 
 /// The shortest token that is taken: 96 bits if it is written in hexadecimal digits of a good generator.
 const MIN_TOKEN: usize = 16;
@@ -53,7 +53,7 @@ impl Resolver {
         }
         let keys = self.keys(&file.keys);
         let scopes = self.scopes(&file.scopes);
-        let tiers = self.tiers(&file.tiers);
+        let mut tiers = self.tiers(&file.tiers);
         let plans = self.plans(&file.plans, &file.tiers);
         let upstreams = self.upstreams(file);
         let routes = self.routes(file);
@@ -62,9 +62,18 @@ impl Resolver {
             .cluster
             .as_ref()
             .map(|cluster| self.cluster(cluster, file.gate.is_some()));
-        let gate = file.gate.as_ref().map(|gate| self.gate(gate, file));
+        let gate = file.gate.as_ref().map(|gate| self.gate(gate, file, &routes));
         let control = file.control.as_ref().map(|control| self.control(control, file));
         self.listeners_apart(file);
+        if gate.is_some() && !tiers.iter().any(|tier| tier.name == routes::DEFAULT_TIER) {
+            // Nothing uses it, or its absence was told: so that whoever has a gate has a tier of that name.
+            let window = Duration::from_secs(3600);
+            tiers.push(Tier {
+                name: routes::DEFAULT_TIER.to_owned(),
+                limit: 1000,
+                window,
+            });
+        }
         Config {
             gate,
             keys,

@@ -8,7 +8,7 @@ use super::upstreams::CONTROL;
 use super::{Resolver, names_of};
 
 /// The tier of a route that names none.
-const DEFAULT_TIER: &str = "default";
+pub(super) const DEFAULT_TIER: &str = "default";
 
 /// Methods that a rule can match: those of RFC 9110, PATCH, QUERY and WebDAV's.
 const METHODS: [&str; 20] = [
@@ -143,12 +143,6 @@ impl Resolver {
                 );
             }
         }
-        if route.body_bytes.is_some_and(|bytes| bytes.0 == 0) {
-            self.fault(
-                &path.key("body_bytes"),
-                "0 would refuse every body; leave it out for the gate's limit",
-            );
-        }
         Route {
             name: route.name.clone(),
             host: route
@@ -162,7 +156,6 @@ impl Resolver {
             upstream,
             sandbox_upstream: route.sandbox_upstream.clone(),
             upgrade: route.upgrade,
-            body_bytes: route.body_bytes.map(|bytes| bytes.0),
         }
     }
 
@@ -383,7 +376,6 @@ fn default_rule(upstream: &str) -> Route {
         upstream: upstream.to_owned(),
         sandbox_upstream: None,
         upgrade: false,
-        body_bytes: None,
     }
 }
 
