@@ -262,7 +262,7 @@ impl<'de> Deserialize<'de> for UnixMs {
                 }
             }
         }
-        deserializer.deserialize_str(Rfc3339).map_err(|e| D::Error::custom(e))
+        deserializer.deserialize_str(Rfc3339).map_err(D::Error::custom)
     }
 }
 

@@ -72,6 +72,9 @@ pub struct Gate {
     names: NameTables,
     /// Absent while a resync has it.
     writer: Mutex<Option<Box<Writer>>>,
+    /// Held while slots are given back, and while counts are read from them. Taken after the writer's lock, and not for
+    /// as long as a resync is being built: counts must not wait for a slow snapshot.
+    reclaiming: Mutex<()>,
     attempts: FailedAttempts,
     addresses: AddressWindows,
     refusals: RefusalCounts,
@@ -92,6 +95,7 @@ impl Gate {
             slots: Slots::new(),
             names,
             writer: Mutex::new(Some(Box::new(Writer::new()))),
+            reclaiming: Mutex::new(()),
             attempts: FailedAttempts::new(),
             addresses: AddressWindows::new(),
             refusals: RefusalCounts::default(),

@@ -7,8 +7,8 @@ use super::key::SecretDigest;
 use super::slots::{NONE, Slot, SlotId};
 use super::snapshot::{KeyError, KeyUpdate, SecretUpdate, Snapshot, Terms, Writer};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 impl Gate {
@@ -32,6 +32,7 @@ impl Gate {
             if update.revision <= snapshot.revision() {
                 return Ok(());
             }
+            let _reclaiming = self.reclaiming();
             self.apply_in_place(writer, &snapshot, &update)?;
             snapshot.set_revision(update.revision);
             Ok(())
@@ -45,6 +46,7 @@ impl Gate {
         self.with_writer(|writer| {
             if revision > snapshot.revision() {
                 if let Some(owner) = writer.find(&self.slots, id) {
+                    let _reclaiming = self.reclaiming();
                     self.forget_key(writer, &snapshot, owner);
                 }
                 snapshot.set_revision(revision);
@@ -145,6 +147,10 @@ impl Gate {
             .unwrap_or_else(|e| e.into_inner())
             .as_mut()
             .map(|writer| act(writer))
+    }
+
+    pub(super) fn reclaiming(&self) -> MutexGuard<'_, ()> {
+        self.reclaiming.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn apply_in_place(&self, writer: &mut Writer, snapshot: &Snapshot, update: &KeyUpdate) -> Result<(), KeyError> {
@@ -329,6 +335,7 @@ impl Resync<'_> {
             return Err(KeyError::Busy);
         };
         let gate = self.gate;
+        let _reclaiming = gate.reclaiming();
         snapshot.set_revision(revision);
         let old = gate.snapshot.swap(Some(Arc::new(snapshot)));
         for (id, terms) in self.staged.drain(..) {
@@ -385,6 +392,7 @@ impl Drop for Resync<'_> {
     /// Undoes what a resync did that was not committed: nothing leads to its slots.
     fn drop(&mut self) {
         let Some(mut writer) = self.writer.take() else { return };
+        let _reclaiming = self.gate.reclaiming();
         for (_, id) in self.new_secrets.drain(..) {
             writer.release(&self.gate.slots, id);
         }

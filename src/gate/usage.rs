@@ -82,20 +82,17 @@ impl Gate {
     /// Takes all counts of permits, and of refusals for a tier's limit, since the last call: exactly once each; and
     /// the last use of every secret that was used.
     pub fn drain_permits(&self, each: &mut dyn FnMut(PermitUse), each_secret: &mut dyn FnMut(SecretUse)) {
-        // The writer's lock keeps slots from being given back meanwhile.
-        let drained = self.with_writer(|_| {
-            self.slots.drain(Mark::Permits, |owner, slot| {
-                let Some(windows) = slot.windows.load_full() else {
-                    return;
-                };
-                self.drain_key(owner, slot, &windows, each, each_secret);
-                // The journal's mark was made when the count left zero, and may have been taken since.
-                self.slots.mark(owner, Mark::Windows);
-            });
+        // Slots are not given back meanwhile.
+        let reclaiming = self.reclaiming();
+        self.slots.drain(Mark::Permits, |owner, slot| {
+            let Some(windows) = slot.windows.load_full() else {
+                return;
+            };
+            self.drain_key(owner, slot, &windows, each, each_secret);
+            // The journal's mark was made when the count left zero, and may have been taken since.
+            self.slots.mark(owner, Mark::Windows);
         });
-        if drained.is_none() {
-            return;
-        }
+        drop(reclaiming);
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
         leftovers.permits.drain(..).for_each(&mut *each);
         leftovers.secrets.drain(..).for_each(each_secret);
@@ -119,19 +116,18 @@ impl Gate {
 
     /// The windows that changed since the last call.
     pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState)) {
-        self.with_writer(|_| {
-            self.slots.drain(Mark::Windows, |_, slot| {
-                let Some(windows) = slot.windows.load_full() else {
-                    return;
-                };
-                let key_id = slot.key_id();
-                windows.export(now.elapsed_ns, |tier, window_ms, counts| {
-                    each(WindowState {
-                        key_id: key_id.as_str().into(),
-                        tier: self.names.tiers.name(tier),
-                        window_ms,
-                        counts,
-                    });
+        let _reclaiming = self.reclaiming();
+        self.slots.drain(Mark::Windows, |_, slot| {
+            let Some(windows) = slot.windows.load_full() else {
+                return;
+            };
+            let key_id = slot.key_id();
+            windows.export(now.elapsed_ns, |tier, window_ms, counts| {
+                each(WindowState {
+                    key_id: key_id.as_str().into(),
+                    tier: self.names.tiers.name(tier),
+                    window_ms,
+                    counts,
                 });
             });
         });

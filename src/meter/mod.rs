@@ -109,7 +109,6 @@ struct Shared {
     sent_batches: AtomicU64,
     report: Mutex<Report>,
     more_to_send: Notify,
-    gave_back_at_ns: AtomicU64,
 }
 
 #[derive(Default)]
@@ -146,7 +145,6 @@ impl Meter {
                 sent_batches: AtomicU64::new(0),
                 report: Mutex::default(),
                 more_to_send: Notify::new(),
-                gave_back_at_ns: AtomicU64::new(0),
             }),
             control: settings.control,
             flush_interval: settings.flush_interval,
@@ -328,15 +326,6 @@ impl Shared {
             (Some(_), None) => log::info!("meter: counts are written to disk again"),
             _ => {}
         }
-        // Last, so that what an idle window counted has been drained.
-        if now
-            .elapsed_ns
-            .saturating_sub(self.gave_back_at_ns.load(Ordering::Relaxed))
-            >= GIVE_BACK_EVERY_NS
-        {
-            self.gave_back_at_ns.store(now.elapsed_ns, Ordering::Relaxed);
-            self.gate.give_back_idle(now);
-        }
     }
 
     /// Moves what was drained into the outbox. What cannot be written stays for the next time.
@@ -416,6 +405,4 @@ const POST_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_POST_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
-/// The memory of windows that are no longer in use goes back to the gate this often.
-const GIVE_BACK_EVERY_NS: u64 = 5_000_000_000;
 const LOOK_AGAIN: Duration = Duration::from_secs(10);

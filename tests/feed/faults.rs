@@ -32,16 +32,17 @@ async fn follows_snapshot_and_changes_and_acknowledges_them() {
         plane.state().acks.last().is_some_and(|ack| ack.revision == newest)
     })
     .await;
-    let state = plane.state();
-    assert!(
-        state
-            .acks
-            .iter()
-            .all(|ack| ack.gate == "gate-1" && ack.version.is_some())
-    );
-    assert!(state.acks.is_sorted_by_key(|ack| ack.revision));
-    assert_eq!(state.connections, [(None, "gate-1".to_owned())]);
-    drop(state);
+    {
+        let state = plane.state();
+        assert!(
+            state
+                .acks
+                .iter()
+                .all(|ack| ack.gate == "gate-1" && ack.version.is_some())
+        );
+        assert!(state.acks.is_sorted_by_key(|ack| ack.revision));
+        assert_eq!(state.connections, [(None, "gate-1".to_owned())]);
+    }
     let status = running.feed.status();
     assert!(
         status.connected && status.last_error.is_none() && !status.stale,
@@ -143,7 +144,7 @@ async fn every_fault_is_survived() {
         ),
         (
             "ended before its end",
-            Fault::Say(text[..text.len() - end.len()].as_bytes().to_vec()),
+            Fault::Say(whole[..whole.len() - end.len()].to_vec()),
         ),
         ("garbage", Fault::Say((0..=255).cycle().take(10_000).collect())),
         (

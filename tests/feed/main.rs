@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderValue, Method};
@@ -135,9 +135,15 @@ pub fn keys(gate: &Gate) -> BTreeSet<(String, bool)> {
     keys
 }
 
+/// One for all: to make one takes the system's certificates to be read.
+pub fn client() -> reqwest::Client {
+    static CLIENT: OnceLock<reqwest::Client> = OnceLock::new();
+    CLIENT.get_or_init(|| http_client(&Tls::default()).unwrap()).clone()
+}
+
 /// Settings for a feed that notices silence after 0.3 s.
 pub fn settings(url: &str, state_dir: &Path) -> Settings {
-    let client = http_client(&Tls::default()).unwrap();
+    let client = client();
     let source = Source::http(url, Token::new(FEED_TOKEN).unwrap(), client);
     let mut settings = Settings::new("gate-1", source, state_dir);
     settings.heartbeat = Duration::from_millis(100);

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tollgate::clock::Clock;
-use tollgate::feed::{Tls, Token, http_client};
+use tollgate::feed::Token;
 use tollgate::gate::{Gate, Reason};
 use tollgate::meter::{Control, JournalOutcome, Meter, Settings};
 use tollgate::wire::KeyLine;
 
 use crate::plane::{Plane, UsageFault};
-use crate::{FEED_TOKEN, START_MS, eventually, gate, key_in, secret, verdict_in, within};
+use crate::{FEED_TOKEN, START_MS, client, eventually, gate, key_in, secret, verdict_in, within};
 
 const ENVIRONMENTS: [&str; 3] = ["live", "test", "dev"];
 
@@ -42,7 +42,7 @@ fn control(url: &str) -> Control {
     Control {
         url: url.to_owned(),
         authorization: Token::new(FEED_TOKEN).unwrap().authorization(),
-        client: http_client(&Tls::default()).unwrap(),
+        client: client(),
     }
 }
 
@@ -291,12 +291,9 @@ async fn a_crash_between_merging_and_removing_counts_once() {
     drop(meter);
     assert_eq!(fs::read_dir(&usage).unwrap().count(), 64);
     plane.set_down(false);
+    drop(Meter::new(settings.clone(), Arc::clone(&gate), clock.clone()).unwrap());
+    assert_eq!(fs::read_dir(&usage).unwrap().count(), 1, "what was merged is gone");
     let running = Running::start(settings, &gate, &clock);
-    assert_eq!(
-        fs::read_dir(&usage).unwrap().count().min(2),
-        1,
-        "what was merged is gone"
-    );
     eventually("an empty outbox", || running.meter.status().unsent_batches == 0).await;
     assert_eq!(sums(&plane).0.values().sum::<u64>(), 64);
     running.stop().await;
@@ -535,4 +532,37 @@ async fn the_journal_outlives_being_replaced_and_forgets_what_no_longer_counts()
         }
     );
     assert_eq!(fs::metadata(&path).unwrap().len(), 8, "nothing but its head is left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn counts_do_not_wait_for_a_snapshot_that_is_being_built() {
+    let directory = tempfile::tempdir().unwrap();
+    let clock = Clock::manual(START_MS);
+    let gate = gate(100);
+    fill(&gate, 3);
+    let meter = Meter::new(settings(None, directory.path()), Arc::clone(&gate), clock.clone()).unwrap();
+    let mut resync = gate.resync(3).unwrap();
+    for n in 0..3 {
+        let text = serde_json::to_vec(&key_in(n, environment(n))).unwrap();
+        let update = tollgate::feed::parse::parse_key_file_line(&text, 2).unwrap();
+        resync.add(update).unwrap();
+        assert!(pass(&gate, &clock, n));
+    }
+    meter.flush().await;
+    assert_eq!(meter.status().permits, 3);
+    resync.commit(2).unwrap();
+    assert!(pass(&gate, &clock, 0));
+    meter.stop().await;
+    assert_eq!(meter.status().permits, 4);
+    let restarted = crate::gate(100);
+    let meter = Meter::new(settings(None, directory.path()), restarted, clock).unwrap();
+    let outcome = meter.load_journal();
+    assert_eq!(
+        outcome,
+        JournalOutcome::Restored {
+            windows: 3,
+            permits: 4,
+            damage: None
+        }
+    );
 }

@@ -148,7 +148,7 @@ async fn no_flipped_byte_and_no_cut_lets_a_wrong_key_in() {
         outcome
     };
     for at in 0..spool.len() {
-        for flip in [0x01, 0x80, 0xff] {
+        for flip in [0x01, 0x80] {
             let mut damaged = spool.clone();
             damaged[at] ^= flip;
             let outcome = check(&damaged, &format!("byte {at} flipped by {flip:#x}"));
