@@ -131,56 +131,25 @@ impl<const K: u64> SlidingWindow<K> {
     /// See [`Refused`]; nothing was taken then.
     #[inline]
     pub fn take(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
-        let state = &*self.0;
-        let grid = self.grid_for(limit, cost)?;
+        // By the limit's length rather than the window's own, which would have to be waited for; they are compared first.
+        let grid = Grid::<K>::new(window_ms(limit));
         let now = ticks_at(now_ns);
-        let mut head = state.head.load(Ordering::Acquire); // (1)
-        loop {
-            let prior = state.prior.load(Ordering::Acquire); // (1)
-            let epoch = epoch_of(head);
-            // Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
-            if epoch_of(prior) != epoch || now >= grid.start_of(epoch + 1) {
-                match self.move_on(head, prior, limit, cost, grid, now) {
-                    Some(answer) => return answer,
-                    None => {
-                        head = state.head.load(Ordering::Acquire); // (1)
-                        continue;
-                    }
-                }
-            }
-            let counted = sum_of(count_of(prior), count_of(head), cost);
-            if counted > u64::from(limit.permits()) {
-                match self.refusal(epoch, counted, limit, grid, now) {
-                    Some(refused) => return Err(refused),
-                    None => {
-                        head = state.head.load(Ordering::Acquire); // (1)
-                        continue;
-                    }
-                }
-            }
-            let hint = state.oldest.load(Ordering::Acquire);
-            let oldest = match Self::oldest_by(hint, epoch) {
-                Some(oldest) => oldest,
-                None => self.first_counted(epoch.saturating_sub(K), epoch).unwrap_or(epoch),
-            };
-            // (1) Cost fits into the count's bits, as the limit does and the sum does not exceed it.
-            match state
-                .head
-                .compare_exchange(head, head + u64::from(cost), Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => {
-                    self.note_oldest(hint, oldest, cost);
-                    let remaining = limit.permits() - counted as u32;
-                    let reset_s = if counted == 0 {
-                        0
-                    } else {
-                        seconds_until(grid.leaves_at(oldest), now)
-                    };
-                    return Ok(Taken { remaining, reset_s });
-                }
-                Err(found) => head = found,
-            }
+        let head = self.0.head.load(Ordering::Acquire); // (1)
+        let prior = self.0.prior.load(Ordering::Acquire); // (1)
+        let hint = self.0.oldest.load(Ordering::Acquire);
+        let epoch = epoch_of(head);
+        let counted = sum_of(count_of(prior), count_of(head), cost);
+        // Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
+        if self.can_serve(limit)
+            && epoch_of(prior) == epoch
+            && now < grid.start_of(epoch + 1)
+            && counted <= u64::from(limit.permits())
+            && let Some(oldest) = Self::oldest_by(hint, epoch)
+            && self.swap_in(head, cost)
+        {
+            return Ok(taken(limit, counted, oldest, grid, now));
         }
+        self.take_otherwise(limit, cost, now)
     }
 
     /// Whether `cost` permits could be taken now. Spends nothing.
@@ -375,69 +344,91 @@ impl<const K: u64> SlidingWindow<K> {
             .unwrap_or(1)
     }
 
-    /// The grid, if the window can serve the limit and the limit the cost.
+    /// Whether the window is of the limit's length, and its counts can grow as far as the limit.
     #[inline]
+    fn can_serve(&self, limit: Limit) -> bool {
+        window_ms(limit) == self.0.window_ms && limit.permits() <= capacity(self.lanes())
+    }
+
+    /// The grid, if the window can serve the limit and the limit the cost.
     fn grid_for(&self, limit: Limit, cost: u32) -> Result<Grid<K>, Refused> {
         if cost > limit.permits() {
             return Err(Refused::NeverFits);
         }
-        if window_ms(limit) != self.0.window_ms || limit.permits() > capacity(self.lanes()) {
+        if !self.can_serve(limit) {
             return Err(Refused::Outgrown);
         }
         Ok(Grid::new(self.0.window_ms))
     }
 
-    /// The rest of a take that the common path could not finish: mends prior, or advances and takes at once.
-    /// `None`: look again.
-    #[cold]
+    /// A take that the common path did not finish, or lost to another thread. Apart, so that the common path keeps
+    /// nothing for it.
     #[inline(never)]
-    fn move_on(
-        &self,
-        head: u64,
-        prior: u64,
-        limit: Limit,
-        cost: u32,
-        grid: Grid<K>,
-        now: u64,
-    ) -> Option<Result<Taken, Refused>> {
+    fn take_otherwise(&self, limit: Limit, cost: u32, now: u64) -> Result<Taken, Refused> {
+        let grid = self.grid_for(limit, cost)?;
+        loop {
+            if let Some(answer) = self.take_once(limit, cost, grid, now) {
+                return answer;
+            }
+        }
+    }
+
+    /// (1) Takes from head as it was loaded. The cost fits into the count's bits, as the limit does.
+    #[inline]
+    fn swap_in(&self, head: u64, cost: u32) -> bool {
+        let more = head + u64::from(cost);
+        self.0
+            .head
+            .compare_exchange(head, more, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// One attempt at a take, in full: takes, refuses, mends prior on the way, or advances. `None`: look again.
+    fn take_once(&self, limit: Limit, cost: u32, grid: Grid<K>, now: u64) -> Option<Result<Taken, Refused>> {
+        let head = self.0.head.load(Ordering::Acquire); // (1)
         if head == CLOSED {
             return Some(Err(Refused::Retired));
         }
-        let (epoch, next) = (epoch_of(head), grid.epoch_at(now));
-        if next <= epoch {
-            let sum = self.sum_before(epoch, head, prior);
-            self.0.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
-            return None;
-        }
+        let prior = self.0.prior.load(Ordering::Acquire);
+        let epoch = epoch_of(head);
+        let next = if now < grid.start_of(epoch + 1) {
+            epoch
+        } else {
+            grid.epoch_at(now)
+        };
         if next > LAST_EPOCH {
             return Some(Err(END_OF_EPOCHS));
         }
         let sum = self.sum_before(next, head, prior);
-        let counted = sum_of(sum, 0, cost);
-        if counted > u64::from(limit.permits()) {
-            self.advance(head, next, sum, 0);
-            return None;
+        let counted = sum_of(sum, count_at(next, head), cost);
+        let fits = counted <= u64::from(limit.permits());
+        if next == epoch {
+            if epoch_of(prior) != epoch {
+                self.0.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
+            }
+            if !fits {
+                return self.refusal(epoch, counted, limit, grid, now).map(Err);
+            }
         }
         let hint = self.0.oldest.load(Ordering::Acquire);
         let oldest = match Self::oldest_by(hint, next) {
             Some(oldest) => oldest,
             None if sum == 0 => next,
-            // What the slots do not have is head's own count, about to become one.
+            // What no slot has yet is head's own count, about to become one.
             None => self.first_counted(next.saturating_sub(K), epoch).unwrap_or(epoch),
         };
-        if !self.advance(head, next, sum, cost) {
+        let moved = if next == epoch {
+            self.swap_in(head, cost)
+        } else {
+            self.advance(head, next, sum, if fits { cost } else { 0 })
+        };
+        if !moved || !fits {
             return None;
         }
-        self.note_oldest(hint, oldest, cost);
-        let reset_s = if counted == 0 {
-            0
-        } else {
-            seconds_until(grid.leaves_at(oldest), now)
-        };
-        Some(Ok(Taken {
-            remaining: limit.permits() - counted as u32,
-            reset_s,
-        }))
+        if oldest as u32 != hint && cost > 0 {
+            self.note_oldest(oldest);
+        }
+        Some(Ok(taken(limit, counted, oldest, grid, now)))
     }
 
     /// (2) Moves head to `next`, before which `sum` permits count, with `first` permits in it. Whether it did.
@@ -505,7 +496,9 @@ impl<const K: u64> SlidingWindow<K> {
         if !self.still_in(epoch) {
             return None;
         }
-        self.note_oldest(hint, oldest, 1);
+        if oldest as u32 != hint {
+            self.note_oldest(oldest);
+        }
         Some(Refused::Limited {
             retry_after_s: seconds_until(grid.leaves_at(last), now),
             reset_s: seconds_until(grid.leaves_at(oldest), now),
@@ -526,16 +519,13 @@ impl<const K: u64> SlidingWindow<K> {
     #[inline]
     fn oldest_by(hint: u32, epoch: u64) -> Option<u64> {
         let age = u64::from((epoch as u32).wrapping_sub(hint));
-        if age <= K { epoch.checked_sub(age) } else { None }
+        if age <= K { Some(epoch.wrapping_sub(age)) } else { None }
     }
 
     /// Notes the oldest epoch with a permit in it, after head was seen unmoved. Release, as every use of the hint ends
     /// in a look at head, too.
-    #[inline]
-    fn note_oldest(&self, hint: u32, oldest: u64, cost: u32) {
-        if oldest as u32 != hint && cost > 0 {
-            self.0.oldest.store(oldest as u32, Ordering::Release);
-        }
+    fn note_oldest(&self, oldest: u64) {
+        self.0.oldest.store(oldest as u32, Ordering::Release);
     }
 
     /// The first epoch in `from..to` with a permit in its slot.
@@ -745,6 +735,20 @@ fn count_at(next: u64, head: u64) -> u32 {
 #[inline]
 fn sum_of(prior: u32, count: u32, cost: u32) -> u64 {
     u64::from(prior) + u64::from(count) + u64::from(cost)
+}
+
+/// The answer to a take by which `counted` permits count, the oldest of them in `oldest`.
+#[inline]
+fn taken<const K: u64>(limit: Limit, counted: u64, oldest: u64, grid: Grid<K>, now: u64) -> Taken {
+    let reset_s = if counted == 0 {
+        0
+    } else {
+        seconds_until(grid.leaves_at(oldest), now)
+    };
+    Taken {
+        remaining: limit.permits() - counted as u32,
+        reset_s,
+    }
 }
 
 fn allocate<const WORDS: usize>(window_ms: u32, epoch: u64, k: u64) -> Box<State<[AtomicU64]>> {

@@ -279,7 +279,7 @@ impl Arrivals {
             35 => self.now_ns -= self.rng.below(2 * self.window_ns).min(self.now_ns / 2),
             36 => self.now_ns += self.rng.below(self.window_ns),
             37 => self.now_ns += self.rng.below(3),
-            38 => self.now_ns -= self.rng.below(3),
+            38 => self.now_ns = self.now_ns.saturating_sub(self.rng.below(3)),
             _ => self.now_ns = self.edge(1) - self.rng.below(2),
         }
     }
