@@ -11,12 +11,14 @@ mod settings;
 
 use crate::clock::Clock;
 use crate::config::{self, Config};
-use crate::control::ControlPlane;
+use crate::control::{self, ControlPlane};
 use crate::feed::Feed;
 use crate::gate::Gate;
 use crate::meter::{self, Meter};
-use crate::proxy::Proxy;
 use crate::proxy::access_log::{self, AccessLog};
+use crate::proxy::edge::{Edge, EdgeObserver, EdgeRefusal, EdgeSettings};
+use crate::proxy::tls::EdgeTls;
+use crate::proxy::{self, Proxy};
 use crate::telemetry::admin::{self, Admin};
 use crate::telemetry::logs;
 use lifecycle::{Lifecycle, Signals, Stage, Task};
@@ -24,6 +26,7 @@ use listeners::Handover;
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
+use pingora::services::listening::Service;
 use serde_json::{Value, json};
 use settings::Bound;
 use std::fmt;
@@ -38,8 +41,8 @@ use std::time::Duration;
 /// What `tollgate run` is told beside the configuration.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
-    /// The file that a reload reads again; `None`: there is nothing to reload.
-    pub config_path: Option<PathBuf>,
+    /// The file that a reload reads again.
+    pub config_path: PathBuf,
 }
 
 /// What `tollgate dev` is told.
@@ -65,6 +68,11 @@ pub enum AppError {
 }
 
 impl AppError {
+    /// Whether the configuration is at fault.
+    pub fn is_invalid_configuration(&self) -> bool {
+        matches!(self, AppError::Config(_))
+    }
+
     /// A combination of settings that the configuration's own checks should have refused.
     fn internal(what: impl fmt::Display) -> Self {
         AppError::Failed(format!(
@@ -102,7 +110,47 @@ impl From<config::Faults> for AppError {
 /// [`AppError`] where it cannot start. Once started it does not return.
 pub fn run(config: Config, options: RunOptions) -> Result<(), AppError> {
     start_logging(&config.log)?;
-    Process::assemble(config, options.config_path, None)?.run()
+    Process::assemble(config, Some(options.config_path), None)?.run()
+}
+
+/// What to do with the control plane's database.
+#[derive(Clone, Debug)]
+pub enum MigrateAction {
+    /// Say which migrations are applied.
+    Status,
+    /// Apply those that are not.
+    Up,
+    /// Copy the database to a new file, consistently and while it is in use.
+    Backup {
+        /// The file.
+        to: PathBuf,
+    },
+}
+
+/// Looks after the control plane's database; what it did, for a person or a program.
+///
+/// # Errors
+/// Where there is no control plane in the configuration, or the database says no.
+pub fn migrate(config: Config, action: MigrateAction) -> Result<Value, AppError> {
+    let settings = settings::control(&config)
+        .ok_or_else(|| AppError::Failed("the configuration has no control section, so no database".to_owned()))?;
+    let url = &settings.database;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let failed = |error: control::ControlError| AppError::Failed(error.to_string());
+    runtime.block_on(async {
+        if let MigrateAction::Backup { to } = &action {
+            control::backup(url, to).await.map_err(failed)?;
+            return Ok(json!({"backup": to.display().to_string()}));
+        }
+        if matches!(action, MigrateAction::Up) {
+            control::migrate(url).await.map_err(failed)?;
+        }
+        let states = control::migration_states(url).await.map_err(failed)?;
+        let states = states
+            .iter()
+            .map(|state| json!({"version": state.version, "description": state.description, "applied": state.applied}));
+        Ok(json!({"migrations": states.collect::<Vec<_>>()}))
+    })
 }
 
 /// Runs everything in one process on the built-in configuration, with a demo upstream, and prints a key.
@@ -199,6 +247,7 @@ struct GateRole {
     feed: Arc<Feed>,
     meter: Arc<Meter>,
     listeners: Vec<BoundListener>,
+    edges: Vec<(EdgeSettings, Option<Arc<EdgeTls>>)>,
     access_log: Option<(AccessLog, access_log::Writer)>,
     in_flight: Arc<AtomicU64>,
 }
@@ -457,6 +506,18 @@ impl GateRole {
             .iter()
             .map(|listener| listeners::bind(&listener.address));
         let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
+        let edge = |listener: &config::Listener| {
+            let tls = settings::tls(listener)
+                .map(EdgeTls::load)
+                .transpose()
+                .map_err(|error| failed(&error))?;
+            Ok((settings::edge(config, listener), tls.map(Arc::new)))
+        };
+        let edges = gate_config
+            .listen
+            .iter()
+            .map(edge)
+            .collect::<Result<Vec<_>, AppError>>()?;
         Ok(GateRole {
             in_flight: proxy.in_flight(),
             proxy,
@@ -464,6 +525,7 @@ impl GateRole {
             feed: Arc::new(feed),
             meter: Arc::new(meter),
             listeners,
+            edges,
             access_log,
         })
     }
@@ -471,12 +533,23 @@ impl GateRole {
     fn add_to(self, server: &mut Server, lifecycle: &Arc<Lifecycle>, clock: &Clock) -> Option<access_log::Writer> {
         let addresses: Vec<SocketAddr> = self.listeners.iter().map(|(_, address)| *address).collect();
         let handover = server.add_service(Handover::new(self.listeners));
-        let mut service = pingora::proxy::http_proxy_service(&server.configuration, self.proxy);
-        for address in addresses {
+        let observer = Arc::new(EdgeLog {
+            proxy: self.proxy.clone(),
+        });
+        let proxy = Arc::new(pingora::proxy::http_proxy(&server.configuration, self.proxy));
+        // Caps on connections hold for all listeners together.
+        let mut shared = None;
+        for (address, (settings, tls)) in addresses.into_iter().zip(self.edges) {
+            let mut edge = Edge::new(settings, proxy.clone(), tls, observer.clone()).rendering(render_refusal);
+            if let Some((slots, activity)) = &shared {
+                edge = edge.sharing(Arc::clone(slots), Arc::clone(activity));
+            } else {
+                shared = Some((edge.slots().clone(), edge.activity().clone()));
+            }
+            let mut service = Service::new(format!("gate on {address}"), edge);
             service.add_tcp(&address.to_string());
+            server.add_service(service).add_dependency(&handover);
         }
-        let service = server.add_service(service);
-        service.add_dependency(&handover);
 
         let (feed, ended) = (self.feed, lifecycle.reached(Stage::Settling));
         let running = lifecycle.task(Stage::Settling);
@@ -501,6 +574,21 @@ impl GateRole {
         server.add_service(background_service("housekeeping", Task::new(housekeeping(gate, clock))));
         self.access_log.map(|(_, writer)| writer)
     }
+}
+
+/// Logs and counts what the edge refused: such requests never reach the proxy's own logging.
+struct EdgeLog {
+    proxy: Proxy,
+}
+
+impl EdgeObserver for EdgeLog {
+    fn refused(&self, client: Option<SocketAddr>, refusal: &EdgeRefusal, request_id: &str) {
+        self.proxy.log_refused_at_the_edge(client, refusal, request_id);
+    }
+}
+
+fn render_refusal(refusal: &EdgeRefusal, request_id: &str) -> Vec<u8> {
+    proxy::Answer::from(refusal).to_http1(request_id)
 }
 
 /// Follows corrections of the wall clock, and gives idle windows back.

@@ -2,6 +2,9 @@
 
 use crate::config::{self, Config, FeedSource, UpstreamTarget};
 use crate::gate::limit::Limit;
+use crate::proxy::client_address::IpNet;
+use crate::proxy::edge::{EdgeSettings, Http2Settings};
+use crate::proxy::tls::{CertificateFiles, TlsSettings};
 use crate::{control, feed, gate, meter, proxy};
 use http::Method;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -150,6 +153,67 @@ pub fn proxy(config: &Config, bound: Bound) -> Result<proxy::Settings, AppError>
             legacy_rate_limit: gate.rate_limit_headers.legacy,
         },
         upstreams: config.upstreams.iter().map(upstream).collect::<Result<_, AppError>>()?,
+        head_limits: edge_settings(gate, &gate.listen[0]).head_limits(),
+        trusted_proxies: networks(gate),
+    })
+}
+
+fn networks(gate: &config::Gate) -> Vec<IpNet> {
+    let network = |network: &config::Network| format!("{}/{}", network.address, network.prefix_length).parse().ok();
+    gate.trusted_proxies.iter().filter_map(network).collect()
+}
+
+/// The strict edge of one listener.
+pub fn edge(config: &Config, listener: &config::Listener) -> EdgeSettings {
+    config
+        .gate
+        .as_ref()
+        .map_or_else(EdgeSettings::default, |gate| edge_settings(gate, listener))
+}
+
+fn edge_settings(gate: &config::Gate, listener: &config::Listener) -> EdgeSettings {
+    let (limits, defaults) = (&gate.limits, EdgeSettings::default());
+    EdgeSettings {
+        head_bytes: limits.head_bytes,
+        head_fields: limits.head_fields,
+        target_bytes: limits.target_bytes,
+        head_deadline: limits.head_deadline,
+        handshake_deadline: limits.handshake_deadline,
+        idle_timeout: limits.idle_timeout,
+        body_grace: limits.body_grace,
+        response_grace: limits.response_grace,
+        min_bytes_per_second: limits.min_bytes_per_second,
+        upgraded_idle: limits.upgraded_idle,
+        connections: limits.connections,
+        connections_per_address: limits.connections_per_address,
+        requests_per_connection: limits.requests_per_connection,
+        http2: Http2Settings {
+            concurrent_streams: limits.h2_streams,
+            resets_per_minute: limits.h2_resets_per_minute,
+            control_frames_per_second: limits.h2_control_frames_per_second,
+            ..defaults.http2
+        },
+        h2c: listener.http2 && listener.tls.is_none(),
+        trusted_proxies: networks(gate),
+        proxy_protocol: listener.proxy_protocol,
+        ..defaults
+    }
+}
+
+/// The certificates of a listener that has any.
+pub fn tls(listener: &config::Listener) -> Option<TlsSettings> {
+    listener.tls.as_ref().map(|tls| TlsSettings {
+        certificates: tls
+            .certificates
+            .iter()
+            .map(|files| CertificateFiles {
+                chain: files.cert.clone(),
+                key: files.key.clone(),
+            })
+            .collect(),
+        http2: listener.http2,
+        only_tls13: tls.min_version == config::TlsVersion::Tls13,
+        client_authorities: tls.client_ca.clone(),
     })
 }
 

@@ -31,7 +31,6 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
         config,
         RunOptions {
             config_path: args.file.config,
-            upgrade: args.upgrade,
         },
     )
     .map_err(failed)

@@ -28,7 +28,7 @@ pub use route::{Access, Pattern, PublicLimit, RequiredScope, Route, Tier};
 pub use snapshot::{KeyError, KeyUpdate, SecretUpdate};
 pub use update::Resync;
 pub use usage::{PermitUse, RefusalUse, SecretUse, WindowState};
-pub use verdict::{Holder, IdentityHeaders, Permit, REASON_CODES, RateStatus, Reason, Refusal};
+pub use verdict::{Holder, IdentityHeaders, Permit, PermitTicket, REASON_CODES, RateStatus, Reason, Refusal};
 
 use crate::clock::Now;
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -131,6 +131,24 @@ impl Gate {
             .is_some_and(|keys| keys.with(&self.slots, &SecretDigest::of(secret), |_, _| ()).is_some())
     }
 
+    /// Whether a permit that was given earlier would still be given but for its limits: for connections that outlive
+    /// their request. A public rule's always would.
+    pub fn still_permits(&self, permit: &PermitTicket, now: Now) -> bool {
+        let Some(secret) = &permit.0 else { return true };
+        let snapshot = self.snapshot.load();
+        let holds = |_: SlotId, slot: &Slot| {
+            let terms = slot.terms.load();
+            terms.as_ref().is_some_and(|terms| {
+                let ends_ms = terms.not_after_ms.min(terms.expires_at_ms);
+                !terms.revoked && !terms.disabled && now.unix_ms < ends_ms
+            })
+        };
+        snapshot
+            .as_ref()
+            .and_then(|keys| keys.with(&self.slots, secret, holds))
+            .unwrap_or(false)
+    }
+
     /// Whether an `Authorization` value carries what could be one of our keys.
     pub fn is_bearer_key(&self, authorization: &[u8]) -> bool {
         credential::bearer_token(authorization).is_some_and(|token| self.policy.load().forms.admits(token))
@@ -210,6 +228,7 @@ impl Gate {
             rate,
             credential_in_authorization: false,
             sandbox: false,
+            secret: None,
             _in_flight: None,
         })
     }
@@ -239,6 +258,7 @@ impl Gate {
             let mut permit = self.check_key(rule, owner, key, terms, now)?;
             secret.last_used_s.store((now.unix_ms / 1000) as u32, Relaxed);
             permit.credential_in_authorization = presented.in_authorization();
+            permit.secret = Some(digest);
             Ok(permit)
         });
         match decided {
@@ -291,6 +311,7 @@ impl Gate {
             rate: Some(rate),
             credential_in_authorization: false,
             sandbox: rule.policy.sandboxes.contains(terms.environment_id),
+            secret: None,
             _in_flight: in_flight,
         })
     }

@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows a status code; `proxy/response.rs` is the one place that turns a refusal into HTTP.
 
-use super::key::KeyId;
+use super::key::{KeyId, SecretDigest};
 use super::limit::Limit;
 use super::quota::InFlight;
 use super::route::{Route, Tier};
@@ -20,6 +20,7 @@ pub struct Permit {
     pub(super) rate: Option<RateStatus>,
     pub(super) credential_in_authorization: bool,
     pub(super) sandbox: bool,
+    pub(super) secret: Option<SecretDigest>,
     pub(super) _in_flight: Option<InFlight>,
 }
 
@@ -45,6 +46,11 @@ impl Permit {
         self.credential_in_authorization
     }
 
+    /// What to ask [`super::Gate::still_permits`] with, for as long as the connection lasts.
+    pub fn ticket(&self) -> PermitTicket {
+        PermitTicket(self.secret)
+    }
+
     /// The upstream that the request goes to: the rule's sandbox one for keys of environments that are not billed.
     pub fn upstream(&self) -> &str {
         match &self.route.sandbox_upstream {
@@ -53,6 +59,10 @@ impl Permit {
         }
     }
 }
+
+/// Stands for a permit after its request. Holds a digest, not the secret.
+#[derive(Clone, Copy, Debug)]
+pub struct PermitTicket(pub(super) Option<SecretDigest>);
 
 /// Whose request it is: what upstreams are told and logs may say. Never the secret.
 #[derive(Clone, Debug)]

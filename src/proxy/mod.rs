@@ -27,17 +27,18 @@ use access_log::{AccessLog, Entry};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, HOST, UPGRADE};
+use client_address::{TrustedProxies, client_address, forwarded_fields};
+use guard::ConnectionInfo;
+use http::header::{AUTHORIZATION, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
-use pingora::protocols::Digest;
 use pingora::proxy::{FailToProxy, ProxyHttp, Session};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, OrErr};
 use request_id::RequestIds;
 use response::X_REQUEST_ID;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -52,6 +53,10 @@ pub struct Settings {
     pub response: ResponseSettings,
     /// Where permitted requests go.
     pub upstreams: Vec<UpstreamSettings>,
+    /// What the edge holds HTTP/1 heads to; the same holds for HTTP/2.
+    pub head_limits: strict::HeadLimits,
+    /// Whose forwarding headers are believed.
+    pub trusted_proxies: Vec<client_address::IpNet>,
 }
 
 /// The proxy behind the strict edge. Clones are the same proxy.
@@ -76,6 +81,8 @@ struct Compiled {
     names: OurHeaders,
     response: ResponseSettings,
     upstreams: Upstreams,
+    head_limits: strict::HeadLimits,
+    trusted_proxies: TrustedProxies,
 }
 
 /// The names of the headers that tell an upstream whose request it is.
@@ -133,12 +140,43 @@ impl Proxy {
         self.0.in_flight.clone()
     }
 
+    /// Logs and counts a request that the edge refused.
+    pub fn log_refused_at_the_edge(&self, client: Option<SocketAddr>, refusal: &edge::EdgeRefusal, request_id: &str) {
+        self.0.metrics.record(refusal.code, "", refusal.status, 0, 0);
+        let Some(access_log) = &self.0.access_log else { return };
+        access_log.log(&Entry {
+            unix_ms: self.0.clock.now().unix_ms,
+            client: &client.map_or_else(String::new, |client| client.ip().to_string()),
+            request_id,
+            // Nothing that was sent is repeated: it could not be read in one way only.
+            method: "-",
+            host: "",
+            path: "-",
+            status: refusal.status,
+            decision: refusal.code,
+            route: "",
+            tier: "",
+            key_id: "",
+            organization: "",
+            duration_us: 0,
+            upstream_us: 0,
+            bytes_sent: 0,
+            traceparent: "",
+        });
+    }
+
     async fn answer(&self, session: &mut Session, context: &mut Context, answer: &Answer) -> pingora::Result<()> {
         context.decision = answer.code;
         let compiled = self.0.compiled.load_full();
         let request = session.req_header();
         let problem = response::prefers_problem(&request.headers);
         let head_only = request.method == Method::HEAD;
+        if answer.status != http::StatusCode::BAD_REQUEST || context.refusal.is_some() {
+            // Otherwise Pingora announces the end of a connection whose request still has a body to come.
+            session.set_close_on_response_before_downstream_finish(false);
+            session.set_total_drain_timeout(Some(DRAIN_DEADLINE));
+        }
+        let request = session.req_header();
         let request_id = context
             .request_id
             .get_or_insert_with(|| self.0.ids.of(&request.headers))
@@ -153,6 +191,14 @@ impl Proxy {
             session.write_response_body(Some(Bytes::from(body)), true).await?;
         }
         Ok(())
+    }
+
+    /// An upgraded connection has no further requests to refuse, so it is watched for as long as it lasts.
+    fn end_with_its_key(&self, session: &Session, permit: &Permit) {
+        let (proxy, ticket) = (self.clone(), permit.ticket());
+        if let Some(connection) = ConnectionInfo::of(session.digest()) {
+            connection.keep_while(move || proxy.0.gate.still_permits(&ticket, proxy.0.clock.now()));
+        }
     }
 
     fn check(&self, session: &Session, context: &mut Context) -> Result<Permit, Refusal> {
@@ -185,6 +231,8 @@ impl Compiled {
             },
             response: settings.response.clone(),
             upstreams: Upstreams::new(&settings.upstreams),
+            head_limits: settings.head_limits,
+            trusted_proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
         })
     }
 }
@@ -245,8 +293,15 @@ impl ProxyHttp for Proxy {
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, context: &mut Context) -> pingora::Result<bool> {
-        if let Some(address) = session.client_addr().and_then(|address| address.as_inet()) {
-            context.client = address.ip();
+        let compiled = self.0.compiled.load_full();
+        if let Some(peer) = peer_of(session) {
+            context.client = client_address(peer, &session.req_header().headers, &compiled.trusted_proxies).client;
+        }
+        if session.is_http2()
+            && let Err(refusal) = edge::check_http2(session.req_header(), compiled.head_limits)
+        {
+            self.answer(session, context, &Answer::from(&refusal)).await?;
+            return Ok(true);
         }
         let method = &session.req_header().method;
         if method == Method::TRACE || method == Method::CONNECT {
@@ -255,6 +310,9 @@ impl ProxyHttp for Proxy {
         }
         match self.check(session, context) {
             Ok(permit) => {
+                if edge::filter_upgrade(session.req_header_mut(), permit.route().upgrade) {
+                    self.end_with_its_key(session, &permit);
+                }
                 context.permit = Some(permit);
                 Ok(false)
             }
@@ -291,6 +349,14 @@ impl ProxyHttp for Proxy {
             .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
         let compiled = self.0.compiled.load();
         strip(upstream_request, &compiled.namespace, permit, &self.0.gate);
+        edge::remove_claims(upstream_request);
+        if let Some(peer) = peer_of(session) {
+            let is_tls = ConnectionInfo::of(session.digest()).is_some_and(|connection| connection.is_tls);
+            let headers = &session.req_header().headers;
+            let (_, chain, scheme) = forwarded_fields(peer, is_tls, headers, &compiled.trusted_proxies);
+            upstream_request.insert_header(X_FORWARDED_FOR, chain)?;
+            upstream_request.insert_header(X_FORWARDED_PROTO, HeaderValue::from_static(scheme))?;
+        }
         if upstream_request.version != Version::HTTP_11 && session.req_header().version == Version::HTTP_10 {
             upstream_request.set_version(Version::HTTP_11);
         }
@@ -331,20 +397,21 @@ impl ProxyHttp for Proxy {
         Ok(())
     }
 
-    async fn connected_to_upstream(
+    async fn request_body_filter(
         &self,
         _session: &mut Session,
-        _reused: bool,
-        _peer: &HttpPeer,
-        #[cfg(unix)] _fd: std::os::unix::io::RawFd,
-        _digest: Option<&Digest>,
+        body: &mut Option<Bytes>,
+        end_of_stream: bool,
         _context: &mut Context,
     ) -> pingora::Result<()> {
+        edge::end_body_once(body, end_of_stream);
         Ok(())
     }
 
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
-        let answer = answer_to(error);
+        let answer = edge::guard_refusal(error)
+            .map(|refusal| Answer::from(&refusal))
+            .or_else(|| answer_to(error));
         let Some(answer) = answer.filter(|_| session.response_written().is_none()) else {
             context.decision = if *error.esource() == ErrorSource::Upstream {
                 "BAD_GATEWAY"
@@ -421,6 +488,16 @@ impl ProxyHttp for Proxy {
     }
 }
 
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Who connected: whom the PROXY protocol named, or the peer itself.
+fn peer_of(session: &Session) -> Option<IpAddr> {
+    let named = ConnectionInfo::of(session.digest()).and_then(|connection| connection.client);
+    let peer = || session.client_addr().and_then(|address| address.as_inet()).copied();
+    named.or_else(peer).map(|address| address.ip())
+}
+
 /// The host that a request asks for: the authority of an HTTP/2 request or an absolute target, else `Host`.
 fn host_of(request: &RequestHeader) -> &str {
     match request.uri.authority() {
@@ -444,9 +521,6 @@ fn strip(request: &mut RequestHeader, namespace: &str, permit: &Permit, gate: &G
         .collect();
     for name in doomed {
         request.remove_header(&name);
-    }
-    if !permit.route().upgrade && request.headers.contains_key(UPGRADE) {
-        request.remove_header(&UPGRADE);
     }
 }
 

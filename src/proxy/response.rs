@@ -3,6 +3,7 @@
 //! Two forms of the same answer: the envelope `{"success":false,"error":{…}}` as `application/json`, or RFC 9457
 //! `application/problem+json` where the client's `Accept` prefers it.
 
+use super::edge::EdgeRefusal;
 use crate::gate::{Access, RateStatus, Reason, Refusal};
 use http::header::{ACCEPT, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -202,6 +203,19 @@ impl Answer {
         )
     }
 
+    /// The whole response as HTTP/1.1, with a closed connection: for requests that were refused before they were parsed.
+    pub fn to_http1(&self, request_id: &str) -> Vec<u8> {
+        let (body, content_type) = self.body(request_id, false);
+        let reason = self.status.canonical_reason().unwrap_or("Refused");
+        format!(
+            "HTTP/1.1 {} {reason}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
+             X-Request-Id: {request_id}\r\nConnection: close\r\n\r\n{body}",
+            self.status.as_u16(),
+            body.len()
+        )
+        .into_bytes()
+    }
+
     /// The head of the response, `RateLimit` fields aside.
     ///
     /// # Errors
@@ -228,6 +242,13 @@ impl Answer {
             head.insert_header(RETRY_AFTER, HeaderValue::from(retry_after_s))?;
         }
         Ok(head)
+    }
+}
+
+impl From<&EdgeRefusal> for Answer {
+    fn from(refusal: &EdgeRefusal) -> Self {
+        let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::BAD_REQUEST);
+        Answer::new(status, refusal.code, refusal.why.to_string())
     }
 }
 

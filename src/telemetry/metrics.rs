@@ -123,14 +123,11 @@ struct Samples {
 impl EncodeMetric for Samples {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
         for (labels, value) in &self.samples {
-            let encode = |mut encoder: MetricEncoder<'_>| match self.kind {
-                MetricType::Counter => encoder.encode_counter::<NoLabelSet, _, f64>(value, None),
-                _ => encoder.encode_gauge(value),
-            };
             if labels.is_empty() {
-                encode(encoder.encode_family(&NO_LABELS)?)?
+                // Through a family it would be written with empty braces.
+                self.encode_value(&mut encoder, *value)?;
             } else {
-                encode(encoder.encode_family(labels)?)?
+                self.encode_value(&mut encoder.encode_family(labels)?, *value)?;
             }
         }
         Ok(())
@@ -141,7 +138,14 @@ impl EncodeMetric for Samples {
     }
 }
 
-const NO_LABELS: [(&str, &str); 0] = [];
+impl Samples {
+    fn encode_value(&self, encoder: &mut MetricEncoder<'_>, value: f64) -> fmt::Result {
+        match self.kind {
+            MetricType::Counter => encoder.encode_counter::<NoLabelSet, _, f64>(&value, None),
+            _ => encoder.encode_gauge(&value),
+        }
+    }
+}
 
 struct HistogramCollector {
     name: &'static str,

@@ -130,6 +130,8 @@ async fn with_the_control_plane_stopped_the_gate_serves_on_and_catches_up_when_i
             "the control plane is down, the gate serves on"
         );
     }
+    let spool = dir.path().join("gate/keys.spool");
+    until(|| spool.exists().then_some(()), || "the gate writes no spool".into());
     drop(gate_process);
     let (_gate_process, gate) = run_again(&gate_file, &dir.path().join("gate"));
     let restarted = first_client(&gate, &key.secret).send().await.unwrap().status();

@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 use super::caller::Visitor;
 use super::error::ApiError;
 use super::fields::Body;
+use super::keys::wait_for;
 use super::{App, Envelope, Reply};
 use crate::control::service::accounts::RegisterDraft;
 
@@ -37,11 +38,6 @@ pub struct RegisterAnswer {
     organization_id: String,
     /// A sandbox key with every scope. It cannot be shown again.
     api_key: String,
-    /// The key's id.
-    key_id: String,
-    user_id: String,
-    /// The feed revision at which gates know the key.
-    revision: u64,
 }
 
 /// Make an account: an organisation, its first user, and a sandbox key that may do everything there.
@@ -64,11 +60,9 @@ pub async fn register(
     };
     draft.faults = fields.finish();
     let made = app.register(&caller, draft).await?;
+    wait_for(&app, made.revision, None).await;
     Ok(Reply::created(RegisterAnswer {
         organization_id: made.organization_id,
         api_key: made.secret.expose().to_owned(),
-        key_id: made.key_id,
-        user_id: made.user_id,
-        revision: made.revision,
     }))
 }
