@@ -90,6 +90,16 @@ impl Service {
         }
     }
 
+    /// Writes down that something was used, beside the request that used it: reading goes on while nothing can be
+    /// written.
+    fn note_use(&self, write: impl Future<Output = Result<(), Fault>> + Send + 'static) {
+        tokio::spawn(async move {
+            if let Err(fault) = write.await {
+                log::debug!("a last use was not written down: {fault}");
+            }
+        });
+    }
+
     fn stamp<'a>(&self, caller: &'a Caller) -> Stamp<'a> {
         Stamp {
             caller,

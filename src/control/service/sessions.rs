@@ -1,5 +1,7 @@
 //! Signing in and out, and passwords.
 
+use std::sync::Arc;
+
 use super::Service;
 use super::check::Check;
 use crate::control::model::{Actor, Caller, Fault, FieldFault, Member, Session, User};
@@ -85,7 +87,8 @@ impl Service {
             return Ok(None);
         }
         if session.last_used_at_ms + TOUCH_EVERY_MS <= now_ms {
-            self.store.touch_session(&session.id, now_ms).await?;
+            let (store, id) = (Arc::clone(&self.store), session.id.clone());
+            self.note_use(async move { store.touch_session(&id, now_ms).await });
         }
         let member = Member {
             organization_id: user.organization_id.clone(),

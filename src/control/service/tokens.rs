@@ -1,5 +1,7 @@
 //! Access tokens: what scripts and the command line use instead of a session.
 
+use std::sync::Arc;
+
 use super::Service;
 use super::check::Check;
 use super::sessions::TOUCH_EVERY_MS;
@@ -64,7 +66,8 @@ impl Service {
             return Ok(None);
         };
         if token.last_used_at_ms.is_none_or(|at| at + TOUCH_EVERY_MS <= now_ms) {
-            self.store.touch_token(&token.id, now_ms).await?;
+            let (store, id) = (Arc::clone(&self.store), token.id.clone());
+            self.note_use(async move { store.touch_token(&id, now_ms).await });
         }
         Ok(Some(Member {
             organization_id: token.organization_id,
