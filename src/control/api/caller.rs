@@ -25,8 +25,8 @@ impl FromRequestParts<App> for Visitor {
     }
 }
 
-/// Somebody who acts for an organisation: a session or an access token. A token that is presented decides alone; a
-/// cookie beside it is not looked at.
+/// Somebody who acts for an organisation: a session or an access token. Both at once are refused: which of two
+/// credentials a request means is not for us to guess.
 pub struct Tenant {
     pub caller: Caller,
     pub organization: String,
@@ -37,6 +37,7 @@ impl FromRequestParts<App> for Tenant {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let member = match bearer(&parts.headers)? {
+            Some(_) if session_cookie(&parts.headers, &app.settings).is_some() => None,
             Some(token) => app.token_member(token).await?,
             None => session(parts, app).await?.map(|(member, _, _)| member),
         };

@@ -101,8 +101,8 @@ struct LastUsedRequest {
     at_ms: i64,
 }
 
-/// Puts into the document what is the same everywhere: who may call, and how a call can fail. The routes themselves say
-/// only what is their own.
+/// Puts into the document what is the same everywhere (who may call, and how a call can fail) and what this
+/// installation offers. The routes themselves say only what is their own.
 pub fn complete(document: utoipa::openapi::OpenApi, settings: &Settings) -> Value {
     // A document that was just built from Rust values is always representable.
     let mut document = serde_json::to_value(document).unwrap_or_else(|_| json!({}));
@@ -142,6 +142,16 @@ pub fn complete(document: utoipa::openapi::OpenApi, settings: &Settings) -> Valu
         document["components"]["schemas"][schema]["properties"]["name"]["pattern"] = json!(NAME);
     }
     document["components"]["schemas"]["RegisterRequest"]["properties"]["email"]["pattern"] = json!(EMAIL);
+    let environments: Vec<_> = settings.environments.iter().map(|e| &e.name).collect();
+    let scopes: Vec<_> = settings.scopes.iter().map(|s| &s.name).collect();
+    let plans: Vec<_> = settings.plans.iter().map(|p| &p.name).collect();
+    let schemas = &mut document["components"]["schemas"];
+    schemas["CreateKeyRequest"]["properties"]["environment"]["enum"] = json!(environments);
+    schemas["CreateKeyRequest"]["properties"]["scopes"]["items"]["enum"] = json!(scopes);
+    schemas["UpdateKeyRequest"]["properties"]["scopes"]["items"]["enum"] = json!(scopes);
+    let no_plan: Option<&String> = None;
+    let plan: Vec<_> = plans.into_iter().map(Some).chain([no_plan]).collect();
+    schemas["UpdateOrganizationRequest"]["properties"]["plan"]["enum"] = json!(plan);
     document["paths"]["/feed/v1/keys"] = json!({ "get": follow() });
     if let Some(paths) = document["paths"].as_object_mut() {
         for (path, item) in paths {

@@ -9,6 +9,7 @@ use super::caller::{Gate, is_gate_name};
 use super::error::ApiError;
 use super::{App, Envelope, Reply};
 use crate::control::model::Fault;
+use crate::control::service::check::Check;
 use crate::wire::{Ack, UsageBatch};
 
 /// The newest revision there is.
@@ -32,10 +33,18 @@ pub struct UsageTaken {
 )]
 pub async fn acknowledge(State(app): State<App>, _: Gate, request: Request) -> Result<Reply<AckAnswer>, ApiError> {
     let ack: Ack = read(request, 4 * 1024).await?;
-    let version_fits = ack.version.as_ref().is_none_or(|version| version.len() <= 64);
-    if !is_gate_name(&ack.gate) || !version_fits || ack.revision > i64::MAX as u64 {
-        return Err(Fault::field("gate", "must have 1 to 64 visible ASCII characters, as its version").into());
+    let version_fits = ack.version.as_ref().is_none_or(|version| version.chars().count() <= 64);
+    let mut check = Check::new(Vec::new());
+    if !is_gate_name(&ack.gate) {
+        check.fault("gate", "must have 1 to 64 visible ASCII characters");
     }
+    if ack.revision > LARGEST_REVISION {
+        check.fault("revision", "must be at most 2^53");
+    }
+    if !version_fits {
+        check.fault("version", "must have at most 64 characters");
+    }
+    check.finish()?;
     app.hub.acknowledge(&ack.gate, ack.revision, ack.version, app.now_ms());
     Ok(Reply::ok(AckAnswer {
         revision: app.hub.revision(),
@@ -61,3 +70,5 @@ async fn read<T: DeserializeOwned>(request: Request, most_bytes: usize) -> Resul
 
 /// A hundred thousand keys that were all used within one flush make about 16 MB.
 const MOST_BATCH_BYTES: usize = 32 * 1024 * 1024;
+/// 2^53: what JSON's numbers hold exactly everywhere.
+const LARGEST_REVISION: u64 = 1 << 53;

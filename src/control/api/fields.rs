@@ -178,16 +178,26 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
-/// A JSON object as body, or no body at all.
+/// A JSON object as body, or `null`, or no body at all.
 pub struct OptionalBody(pub Fields);
 
 impl<S: Send + Sync> FromRequest<S> for OptionalBody {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
         let has_type = request.headers().contains_key(header::CONTENT_TYPE);
         if has_type {
-            return Body::from_request(request, state).await.map(|body| Self(body.0));
+            return match json(request, MOST_BYTES).await? {
+                Value::Object(rest) => Ok(Self(Fields {
+                    rest,
+                    faults: Vec::new(),
+                })),
+                Value::Null => Ok(Self(Fields {
+                    rest: Map::new(),
+                    faults: Vec::new(),
+                })),
+                _ => Err(ApiError::Malformed("the body must be a JSON object".to_owned())),
+            };
         }
         match read(request, MOST_BYTES).await?.is_empty() {
             true => Ok(Self(Fields {

@@ -155,12 +155,14 @@ impl Service {
 /// A gate is trusted, but a broken one must not break the ledger.
 fn check_batch(batch: &UsageBatch) -> Result<(), Fault> {
     let mut check = Check::new(Vec::new());
-    let short = |text: &str, most: usize| (1..=most).contains(&text.len());
+    let visible = |text: &str| text.bytes().all(|b| b.is_ascii_graphic());
+    let short = |text: &str, most: usize| (1..=most).contains(&text.len()) && visible(text);
+    let maybe = |text: &str, most: usize| text.is_empty() || short(text, most);
     if !short(&batch.gate, 64) {
-        check.fault("gate", "must have 1 to 64 characters");
+        check.fault("gate", "must have 1 to 64 visible ASCII characters");
     }
     if !short(&batch.run, 64) {
-        check.fault("run", "must have 1 to 64 characters");
+        check.fault("run", "must have 1 to 64 visible ASCII characters");
     }
     if !(1..=LARGEST_COUNT).contains(&batch.sequence) {
         check.fault("sequence", "must be from 1 to 2^53");
@@ -174,8 +176,11 @@ fn check_batch(batch: &UsageBatch) -> Result<(), Fault> {
     }
     for (index, refusal) in batch.refusals.iter().enumerate() {
         let key = refusal.key.as_deref().is_none_or(|key| short(key, 128));
-        let environment = refusal.environment.as_deref().is_none_or(|e| e.len() <= 32);
-        let fine = key && environment && refusal.tier.len() <= 128 && short(&refusal.code, 64);
+        let environment = refusal
+            .environment
+            .as_deref()
+            .is_none_or(|environment| maybe(environment, 32));
+        let fine = key && environment && maybe(&refusal.tier, 128) && short(&refusal.code, 64);
         if !fine || !minute_is_fine(refusal.minute) || refusal.count > LARGEST_COUNT {
             check.fault(&format!("refusals[{index}]"), "is out of range");
         }
