@@ -30,7 +30,7 @@ pub async fn follow(
     QueryFields(mut fields): QueryFields,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let after = fields.number("after", 0..=i64::MAX).map(i64::unsigned_abs);
+    let asked = fields.number("after", 0..=i64::MAX).map(i64::unsigned_abs);
     let named = fields.text("gate");
     if named.as_deref().is_some_and(|name| !is_gate_name(name)) {
         fields.fault::<()>("gate", "must have 1 to 64 visible ASCII characters");
@@ -38,17 +38,25 @@ pub async fn follow(
     fields.done()?;
     let name = gate.name.or(named);
     // The store is asked before the answer begins, so that a database that is away is a 503 and not a broken stream.
-    let first = app.store.feed_changes(after.unwrap_or(u64::MAX), 1).await?;
+    let first = app.store.feed_changes(asked.unwrap_or(u64::MAX), 1).await?;
     let after = match first {
         Changes::Resync => None,
-        Changes::Lines { .. } => after,
+        Changes::Lines { .. } => asked,
     };
+    if let Some(ahead) = asked.filter(|asked| *asked > app.hub.revision() && after.is_none()) {
+        log::warn!(
+            "{} has revision {ahead}, the database only {}: was it restored from a backup? Then let the gates load it anew \
+             by POST /api/v1/admin/feed/resync",
+            name.as_deref().unwrap_or("a gate"),
+            app.hub.revision()
+        );
+    }
     let compress = accepts_zstd(&headers);
     let (pieces, receiver) = mpsc::channel(PIECES);
     tokio::spawn(async move {
         let connected = name
             .as_deref()
-            .map(|name| app.hub.connect(name, after.unwrap_or(0), app.now_ms()));
+            .map(|name| app.hub.connect(name, asked.unwrap_or(0), app.now_ms()));
         let ended = match Sender::new(pieces, compress) {
             Ok(sender) => serve(&app, sender, after).await,
             Err(end) => end,
@@ -112,6 +120,7 @@ async fn serve(app: &App, mut sender: Sender, after: Option<u64>) -> End {
 /// Everything, as it is at one revision; answers which.
 async fn send_snapshot(app: &App, sender: &mut Sender) -> Result<u64, End> {
     let mut reader = app.store.feed_snapshot().await?;
+    app.hub.publish(reader.revision());
     let whole = send_whole(reader.as_mut(), sender);
     // An open snapshot keeps SQLite from reusing its log, so no gate may hold one for long.
     tokio::time::timeout(SNAPSHOT_DEADLINE, whole)
@@ -147,6 +156,8 @@ async fn send_changes(app: &App, sender: &mut Sender, mut at: u64) -> Result<u64
             Changes::Resync => at = send_snapshot(app, sender).await?,
             Changes::Lines { text, through } if text.is_empty() => return Ok(through),
             Changes::Lines { text, through } => {
+                // Before the gate can acknowledge it; the writer says so too, but perhaps a moment later.
+                app.hub.publish(through);
                 sender.send(text).await?;
                 at = through;
             }

@@ -23,6 +23,9 @@ pub struct Hub {
 struct Gate {
     version: Option<String>,
     revision: u64,
+    /// A revision that it claims and that we never made, from a later life of a database that was restored since. It
+    /// says nothing about what the gate knows of ours.
+    claimed: u64,
     last_heard_at_ms: i64,
     connections: u32,
     /// Changed since it was last written to the store.
@@ -39,6 +42,7 @@ impl Hub {
                 let known = Gate {
                     version: gate.version,
                     revision: gate.revision,
+                    claimed: 0,
                     last_heard_at_ms: gate.last_heard_at_ms,
                     connections: 0,
                     unsaved: false,
@@ -87,9 +91,12 @@ impl Hub {
     /// A gate has connected and says that it has `revision`, which may be less than it once had: its spool may be gone.
     /// It counts as connected until the returned value is dropped.
     pub fn connect(self: &Arc<Self>, name: &str, revision: u64, now_ms: i64) -> Connected {
+        let newest = self.revision();
         let mut gates = self.lock();
         let gate = gate(&mut gates, name);
-        gate.revision = revision;
+        let is_ours = revision <= newest;
+        gate.revision = if is_ours { revision } else { 0 };
+        gate.claimed = if is_ours { 0 } else { revision };
         gate.last_heard_at_ms = now_ms;
         gate.connections += 1;
         gate.unsaved = true;
@@ -110,10 +117,16 @@ impl Hub {
 
     /// A gate has applied everything up to `revision`.
     pub fn acknowledge(&self, name: &str, revision: u64, version: Option<String>, now_ms: i64) {
+        let newest = self.revision();
         let mut gates = self.lock();
         let gate = gate(&mut gates, name);
         // Acknowledgements may overtake each other.
-        gate.revision = gate.revision.max(revision);
+        if revision <= newest {
+            gate.revision = gate.revision.max(revision);
+            gate.claimed = 0;
+        } else {
+            gate.claimed = gate.claimed.max(revision);
+        }
         gate.last_heard_at_ms = gate.last_heard_at_ms.max(now_ms);
         gate.version = version.or(gate.version.take());
         gate.unsaved = true;
@@ -129,6 +142,15 @@ impl Hub {
         }
         gates.remove(name);
         true
+    }
+
+    /// The highest revision that any gate has or claims.
+    pub fn highest_claim(&self) -> u64 {
+        self.lock()
+            .values()
+            .map(|gate| gate.revision.max(gate.claimed))
+            .max()
+            .unwrap_or(0)
     }
 
     /// Every gate that is known.
@@ -227,6 +249,7 @@ fn gate<'a>(gates: &'a mut BTreeMap<String, Gate>, name: &str) -> &'a mut Gate {
     gates.entry(name.to_owned()).or_insert(Gate {
         version: None,
         revision: 0,
+        claimed: 0,
         last_heard_at_ms: 0,
         connections: 0,
         unsaved: true,
@@ -257,6 +280,18 @@ mod tests {
         assert_eq!(hub.applied(7, 900_004).pending, ["gate-1"]);
         assert_eq!(hub.states(900_004)[0].version.as_deref(), Some("0.1.0"));
         assert!(!hub.forget("gate-1"));
+    }
+
+    #[test]
+    fn a_revision_that_we_never_made_is_no_acknowledgement() {
+        let hub = Arc::new(Hub::new(7, vec![], Duration::from_secs(15)));
+        let _connected = hub.connect("gate-1", 90, 0);
+        hub.acknowledge("gate-1", 90, None, 0);
+        assert_eq!(hub.applied(7, 0).pending, ["gate-1"]);
+        assert_eq!(hub.highest_claim(), 90);
+        hub.publish(91);
+        hub.acknowledge("gate-1", 91, None, 0);
+        assert_eq!(hub.applied(91, 0).gates, ["gate-1"]);
     }
 
     #[test]

@@ -501,6 +501,79 @@ async fn snapshots_taken_during_changes_are_consistent() {
     tokio::join!(writer, reader);
 }
 
+#[tokio::test]
+async fn a_restored_database_is_brought_beyond_the_gates() {
+    let harness = Harness::start().await;
+    let tenant = harness.tenant("dev@example.com").await;
+    // This gate knew a later life of the database.
+    let mut feed = Feed::follow(&harness, "?after=90", Some("gate-1"), false).await;
+    assert_eq!(feed.snapshot().await.0, 1, "told the truth, which the gate refuses");
+    let mut other = Feed::follow(&harness, "?after=1", None, false).await;
+    let done = harness
+        .admin(Method::POST, "/api/v1/admin/feed/resync", None)
+        .await
+        .expect(200);
+    assert_eq!(done["revision"], 91);
+    for feed in [&mut feed, &mut other] {
+        loop {
+            match feed.line().await {
+                FeedLine::Heartbeat { .. } => continue,
+                FeedLine::Snapshot { revision, keys } => break assert_eq!((revision, keys), (91, 1)),
+                line => panic!("not a snapshot: {line:?}"),
+            }
+        }
+    }
+    let made = harness.create_key(&tenant, "next").await;
+    assert_eq!(made["revision"], 92);
+}
+
+#[tokio::test]
+async fn changes_arrive_at_once() {
+    let (half, most) = latencies(200).await;
+    assert!(
+        half < Duration::from_millis(100),
+        "half of the changes took longer than {half:?}, all but 1 % {most:?}"
+    );
+}
+
+/// The figure of the notes: `cargo test --test control ten_thousand_changes -- --ignored --nocapture`.
+#[tokio::test]
+#[ignore = "a measurement of half a minute that needs a quiet machine"]
+async fn ten_thousand_changes_arrive_at_once() {
+    let (half, most) = latencies(10_000).await;
+    println!("10,000 changes, from the answer to the gate's end of the feed: median {half:?}, p99 {most:?}");
+    assert!(most < Duration::from_millis(100), "{most:?}");
+}
+
+/// From a change's answer to its line at the gate's end: median and 99th percentile.
+async fn latencies(changes: usize) -> (Duration, Duration) {
+    let directory = tempfile::tempdir().unwrap();
+    let database = format!("sqlite://{}", directory.path().join("tollgate.db").display());
+    let harness = Harness::with(Settings { database, ..settings() }).await;
+    let tenant = harness.tenant("dev@example.com").await;
+    let path = format!("/api/v1/keys/{}", tenant.key_id);
+    let mut feed = Feed::follow(&harness, "?after=1", None, false).await;
+    let mut times = Vec::with_capacity(changes);
+    for i in 0..changes {
+        let (answered, arrived) = tokio::join!(
+            async {
+                harness
+                    .patch(&tenant, &path, json!({"name": format!("n{i}")}))
+                    .await
+                    .expect(200);
+                Instant::now()
+            },
+            async {
+                feed.key().await;
+                Instant::now()
+            }
+        );
+        times.push(arrived.saturating_duration_since(answered));
+    }
+    times.sort();
+    (times[changes / 2], times[changes * 99 / 100])
+}
+
 fn sha256(secret: &str) -> String {
     use sha2::Digest as _;
     sha2::Sha256::digest(secret.as_bytes())

@@ -94,6 +94,15 @@ pub struct GateList {
     revision: u64,
 }
 
+/// The revision of the snapshot that every gate loads.
+#[derive(Serialize, ToSchema)]
+pub struct Resynced {
+    revision: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    applied: Option<AppliedView>,
+}
+
 /// An invitation to be made.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -326,6 +335,23 @@ pub async fn forget_gate(
 ) -> Result<Reply<Deleted>, ApiError> {
     app.forget_gate(&caller, &name).await?;
     Ok(Reply::ok(Deleted::new(name)))
+}
+
+/// Make every gate load a full snapshot. Needed after the database was restored from a backup: the gates are ahead of it
+/// and refuse what is older than what they have.
+#[utoipa::path(
+    post, path = "/api/v1/admin/feed/resync", tag = "Operator", operation_id = "adminResync", params(WaitQuery),
+    responses((status = 200, description = "On its way.", body = Envelope<Resynced>)),
+)]
+pub async fn resync(
+    State(app): State<App>,
+    Operator(caller): Operator,
+    QueryFields(query): QueryFields,
+) -> Result<Reply<Resynced>, ApiError> {
+    let wait = read_wait(query)?;
+    let revision = app.resync(&caller).await?;
+    let applied = wait_for(&app, revision, wait).await;
+    Ok(Reply::ok(Resynced { revision, applied }))
 }
 
 /// The audit log of every organisation, newest first.

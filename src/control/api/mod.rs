@@ -76,6 +76,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(admin::key, admin::update_key, admin::revoke_key))
         .routes(routes!(admin::gates))
         .routes(routes!(admin::forget_gate))
+        .routes(routes!(admin::resync))
         .routes(routes!(admin::audit))
         .routes(routes!(admin::invitations, admin::create_invitation))
         .routes(routes!(admin::delete_invitation))

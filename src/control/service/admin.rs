@@ -92,6 +92,14 @@ impl Service {
         (self.hub.states(self.now_ms()), self.hub.revision())
     }
 
+    /// Makes every gate load a full snapshot at a revision beyond all that any gate has. After a database was restored
+    /// from a backup its revision is behind the gates', and they refuse what is older than what they have.
+    pub async fn resync(&self, caller: &Caller) -> Result<u64, Fault> {
+        let revision = self.store.resync(self.hub.highest_claim(), self.stamp(caller)).await?;
+        self.hub.publish(revision);
+        Ok(revision)
+    }
+
     /// Forgets a gate that was taken out of service. [`Fault::NotFound`] if it is unknown or connected.
     pub async fn forget_gate(&self, caller: &Caller, name: &str) -> Result<(), Fault> {
         if !self

@@ -288,6 +288,9 @@ pub trait FeedStore: Send + Sync {
     /// Tells gates to forget what was revoked long ago, and forgets other things whose time is over.
     /// Answers the newest revision.
     async fn prune(&self, now_ms: i64) -> Result<u64, Fault>;
+    /// Raises the revision beyond `beyond` and everything known, and makes every gate that is not there need a full
+    /// snapshot. Answers the new revision.
+    async fn resync(&self, beyond: u64, stamp: Stamp<'_>) -> Result<u64, Fault>;
     async fn gates(&self) -> Result<Vec<GateState>, Fault>;
     async fn save_gates(&self, gates: &[GateState]) -> Result<(), Fault>;
     async fn forget_gate(&self, name: &str, stamp: Stamp<'_>) -> Result<bool, Fault>;

@@ -133,6 +133,30 @@ impl FeedStore for SqliteStore {
         Ok(revision as u64)
     }
 
+    async fn resync(&self, beyond: u64, stamp: Stamp<'_>) -> Result<u64, Fault> {
+        let mut tx = self.begin().await?;
+        let revision: i64 =
+            sqlx::query_scalar("UPDATE feed_state SET revision = max(revision, ?) + 1 RETURNING revision")
+                .bind(i64::try_from(beyond).unwrap_or(i64::MAX - 1))
+                .fetch_one(&mut *tx)
+                .await
+                .map_err(fault)?;
+        sqlx::query("UPDATE feed_state SET oldest = revision")
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let note = AuditNote {
+            organization_id: None,
+            action: "feed.resync",
+            target_kind: "feed",
+            target_id: String::new(),
+            detail: serde_json::json!({ "revision": revision }),
+        };
+        write_audit(&mut tx, &note, stamp).await?;
+        tx.commit().await.map_err(fault)?;
+        Ok(revision as u64)
+    }
+
     async fn gates(&self) -> Result<Vec<GateState>, Fault> {
         let rows: Vec<(String, Option<String>, i64, i64)> =
             sqlx::query_as("SELECT name, version, revision, last_heard_at_ms FROM gates ORDER BY name")

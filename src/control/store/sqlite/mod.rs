@@ -164,9 +164,9 @@ fn options(url: &str) -> Result<(SqliteConnectOptions, Option<Scratch>), Fault> 
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
-        // 16 MiB of page cache and 256 MiB of mapped file: the feed's snapshot of a million keys is read through the map.
+        // 16 MiB of page cache and 1 GiB of mapped file: the feed's snapshot of a million keys is read through the map.
         .pragma("cache_size", "-16384")
-        .pragma("mmap_size", "268435456")
+        .pragma("mmap_size", "1073741824")
         .pragma("trusted_schema", "OFF")
         .optimize_on_close(true, None)
         // sqlx logs statements at debug level; bound values are not among them, but nobody needs the noise.
