@@ -93,9 +93,6 @@ pub struct ConfigFile {
 pub struct RunArgs {
     #[command(flatten)]
     pub file: ConfigFile,
-    /// Take the listeners over from the process that is running, without losing a request.
-    #[arg(long)]
-    pub upgrade: bool,
 }
 
 #[derive(Debug, Args)]

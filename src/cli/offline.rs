@@ -115,7 +115,9 @@ fn judge(secret: &str, prefixes: &[(String, String)]) -> Result<Verdict, String>
         .chain(checksum)
         .all(u8::is_ascii_alphanumeric)
     {
-        return Err("it holds characters that no key has".to_owned());
+        return Err(
+            "its last 36 characters are not all letters and digits: cut short, or not issued by Tollgate".to_owned(),
+        );
     }
     if key::checksum(payload) != checksum {
         return Err("its checksum is wrong: mistyped, cut short, or not issued by Tollgate".to_owned());
@@ -391,7 +393,7 @@ mod tests {
         );
         assert_eq!(judge(&secret, &[]).unwrap().prefix, "pxk_test_");
         let mut mistyped = secret.clone().into_bytes();
-        mistyped[12] ^= 1;
+        mistyped[12] = if mistyped[12] == b'Z' { b'Y' } else { b'Z' };
         assert!(
             judge(&String::from_utf8(mistyped).unwrap(), &prefixes())
                 .unwrap_err()

@@ -7,22 +7,29 @@ use serde_json::Value;
 
 use super::args::{AdminArgs, DevArgs, MigrateArgs, MigrateCommand, ReloadArgs, RunArgs};
 use super::client::Client;
-use super::output::Output;
+use super::output::{Output, cell, shows_progress};
 use super::{Exit, Failure};
-use crate::app::{self, AppError, DevOptions, MigrateAction, RunOptions};
-use crate::config;
+use crate::app::{self, AppError, DevOptions, RunOptions};
+use crate::config::{self, Database};
+use crate::control;
 
 /// Where the operator's listener is if nobody says otherwise.
 const DEFAULT_ADMIN: &str = "http://127.0.0.1:9090";
 
 pub fn dev(args: DevArgs) -> Result<(), Failure> {
-    let options = DevOptions {
-        data: args.data,
-        listen: args.listen,
-        control: args.control,
-        admin: args.admin,
-    };
-    app::dev(options).map_err(failed)
+    let DevArgs {
+        data,
+        listen,
+        control,
+        admin,
+    } = args;
+    app::dev(DevOptions {
+        data,
+        listen,
+        control,
+        admin,
+    })
+    .map_err(failed)
 }
 
 pub fn run(args: RunArgs) -> Result<(), Failure> {
@@ -36,28 +43,76 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
     .map_err(failed)
 }
 
-pub fn migrate(args: MigrateArgs, output: &Output) -> Result<(), Failure> {
-    let (file, action) = match args.action {
-        MigrateCommand::Status(file) => (file, MigrateAction::Status),
-        MigrateCommand::Up(file) => (file, MigrateAction::Up),
-        MigrateCommand::Backup { file, to } => (file, MigrateAction::Backup { to }),
-    };
-    let config = config::load(&file.config, &config::process_env)?;
-    let report = app::migrate(config, action).map_err(failed)?;
-    if output.is_json() {
-        output.value(&report)
-    } else {
-        output.record(&report)
+fn failed(error: AppError) -> Failure {
+    match error {
+        AppError::Config(faults) => faults.into(),
+        other => Failure::new(Exit::Failure, other),
     }
 }
 
-fn failed(error: AppError) -> Failure {
-    let exit = if error.is_invalid_configuration() {
-        Exit::InvalidConfiguration
-    } else {
-        Exit::Failure
+pub fn migrate(args: MigrateArgs, output: &Output) -> Result<(), Failure> {
+    let (MigrateCommand::Status(file) | MigrateCommand::Up(file) | MigrateCommand::Backup { file, .. }) = &args.action;
+    let config = config::load(&file.config, &config::process_env)?;
+    let url = match config.control.map(|control| control.database) {
+        Some(Database::Sqlite { path }) => format!("sqlite://{}", path.display()),
+        Some(Database::Postgres { url }) => url.expose().to_owned(),
+        None => {
+            let message = format!(
+                "{} has no section `control`, so there is no database",
+                file.config.display()
+            );
+            return Err(Failure::new(Exit::Usage, message));
+        }
     };
-    Failure::new(exit, error)
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let failed = |error: control::ControlError| Failure::new(Exit::Failure, error);
+    match &args.action {
+        MigrateCommand::Status(_) => {}
+        MigrateCommand::Up(_) => {
+            let bar = working("migrating");
+            let done = runtime.block_on(control::migrate(&url));
+            bar.inspect(indicatif::ProgressBar::finish_and_clear);
+            done.map_err(failed)?;
+        }
+        MigrateCommand::Backup { to, .. } => {
+            let bar = working("copying");
+            let done = runtime.block_on(control::backup(&url, to));
+            bar.inspect(indicatif::ProgressBar::finish_and_clear);
+            done.map_err(failed)?;
+            if output.is_json() {
+                return output.value(&serde_json::json!({"backup": to.display().to_string()}));
+            }
+            return output.text(&format!("Copied the database to {}.", to.display()));
+        }
+    }
+    let states = runtime.block_on(control::migration_states(&url)).map_err(failed)?;
+    migration_states(&states, output)
+}
+
+/// A sign of life on a terminal, for work whose length is not known.
+fn working(what: &'static str) -> Option<indicatif::ProgressBar> {
+    shows_progress().then(|| {
+        let bar = indicatif::ProgressBar::new_spinner().with_message(what);
+        bar.enable_steady_tick(Duration::from_millis(100));
+        bar
+    })
+}
+
+fn migration_states(states: &[control::MigrationState], output: &Output) -> Result<(), Failure> {
+    if output.is_json() {
+        let states = states.iter().map(|state| {
+            serde_json::json!({"version": state.version, "description": state.description, "applied": state.applied})
+        });
+        return output.value(&states.collect());
+    }
+    let row = |state: &control::MigrationState| {
+        let applied = if state.applied { "applied" } else { "missing" };
+        vec![state.version.to_string(), state.description.clone(), applied.to_owned()]
+    };
+    output.table(
+        &["version", "description", "state"],
+        &states.iter().map(row).collect::<Vec<_>>(),
+    )
 }
 
 /// `POST /reload`: its answer comes when the new configuration is in force, or when it was refused.
@@ -73,31 +128,18 @@ pub fn reload(args: &ReloadArgs, output: &Output) -> Result<(), Failure> {
         if output.is_json() {
             return output.value(&answer["data"]);
         }
-        output.text("Reloaded: the new configuration is in force.")?;
-        return match &answer["data"] {
-            Value::Object(fields) if !fields.is_empty() => output.record(&answer["data"]),
-            _ => Ok(()),
-        };
+        output.text("Reloaded: what a reload can change is in force.")?;
+        for path in answer["data"]["needsRestart"].as_array().into_iter().flatten() {
+            output.text(&format!("{}: has changed, and takes effect at a restart", cell(path)))?;
+        }
+        return Ok(());
     }
     let error = &answer["error"];
-    let mut message = error["message"].as_str().unwrap_or("the reload was refused").to_owned();
-    for fault in error["faults"].as_array().into_iter().flatten() {
-        let (line, column) = (&fault["line"], &fault["column"]);
-        let (path, what) = (
-            fault["path"].as_str().unwrap_or(""),
-            fault["message"].as_str().unwrap_or(""),
-        );
-        message.push_str(&format!("\n  {line}:{column}: {path}: {what}"));
-    }
-    for needed in error["restartNeeded"].as_array().into_iter().flatten() {
-        let path = needed["path"].as_str().or(needed.as_str()).unwrap_or("");
-        message.push_str(&format!("\n  {path}: needs a restart"));
-    }
-    let invalid = error["faults"].as_array().is_some_and(|faults| !faults.is_empty());
-    let exit = match (invalid, status.is_server_error()) {
-        (true, _) => Exit::InvalidConfiguration,
-        (false, true) => Exit::Failure,
-        (false, false) => Exit::Refused,
+    let message = error["message"].as_str().unwrap_or("the reload was refused");
+    let exit = match error["code"].as_str() {
+        Some("INVALID_CONFIGURATION") => Exit::InvalidConfiguration,
+        _ if status.is_server_error() => Exit::Failure,
+        _ => Exit::Refused,
     };
     Err(Failure {
         exit,

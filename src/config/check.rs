@@ -4,12 +4,12 @@
 //! stops at a fault: what is wrong is replaced by something of the right shape and named in `faulty`, so that the rest
 //! can be resolved and checked too, without telling the same mistake twice.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde_json::Value as Schema;
 use serde_yaml::Value as Yaml;
 
-use super::fault::{Fault, Path, Position, did_you_mean, listed, one_of};
+use super::fault::{Fault, Path, Position, did_you_mean, listed, nearest, one_of};
 use super::scalar::{describe_form, form};
 use super::tree::{Entry, Node, Scalar, Value};
 
@@ -115,13 +115,6 @@ impl<'a> Walk<'a> {
     fn mapping(&mut self, node: &Node, entries: &[Entry], schema: &'a Schema, path: &Path, shape: &str) -> Yaml {
         let properties = schema.get("properties").and_then(Schema::as_object);
         let others = schema.get("additionalProperties").filter(|schema| schema.is_object());
-        let required: HashSet<&str> = schema
-            .get("required")
-            .and_then(Schema::as_array)
-            .into_iter()
-            .flatten()
-            .filter_map(Schema::as_str)
-            .collect();
         let mut result = serde_yaml::Mapping::new();
         for entry in entries {
             let below = path.key(&entry.key);
@@ -145,14 +138,21 @@ impl<'a> Walk<'a> {
                         },
                     );
                     self.fault(entry.key_at, &below, message);
+                    // Most likely that key was meant, so that it is missing is no second mistake.
+                    let meant = nearest(&entry.key, names.iter().copied());
+                    self.checked.faulty.extend(
+                        meant
+                            .map(|name| path.key(name))
+                            .filter(|meant| !self.checked.places.was_written(meant)),
+                    );
                     continue;
                 }
             };
-            let faults = self.checked.faults.len();
             let value = self.node(&entry.value, Some(entry.key_at), value_schema, &below, &below_shape);
-            // A repaired value is needed only where the key is; else its default does better.
-            let repaired = self.checked.faults.len() > faults && self.checked.faulty.last() == Some(&below);
-            if !repaired || known.is_none() || required.contains(entry.key.as_str()) {
+            // Where there is a default it does better than a repair. Where there is none, that the key is there
+            // means something, so the repair stands for it.
+            let has_default = known.is_some_and(|known| known.get("default").is_some());
+            if !has_default || !self.checked.faulty.contains(&below) {
                 result.insert(Yaml::String(entry.key.clone()), value);
             }
         }
@@ -291,6 +291,13 @@ fn check_scalar(scalar: &Scalar, alternatives: &[&Schema]) -> Result<Yaml, Strin
         if let (true, Looks::Number(Some(number))) = (is_type(schema, "integer"), &looks) {
             match in_range(*number, schema) {
                 Ok(()) => return Ok(Yaml::Number((*number).into())),
+                Err(_) if scalar.written.is_some() => {
+                    told = Some(format!(
+                        "expected {}, found {}",
+                        describe(&[*schema]),
+                        found(scalar, &looks)
+                    ));
+                }
                 Err(message) => told = Some(message),
             }
             continue;
@@ -303,15 +310,22 @@ fn check_scalar(scalar: &Scalar, alternatives: &[&Schema]) -> Result<Yaml, Strin
             match format.and_then(form) {
                 Some(check) => match check(text) {
                     Ok(()) => return Ok(Yaml::String(text.to_owned())),
-                    Err(message) if scalar.written.is_some() => {
-                        told = Some(format!("{}: {message}", shown(scalar, schema)))
+                    // What a variable holds may be a secret, and the form's own message may quote it.
+                    Err(_) if scalar.written.is_some() => {
+                        told = Some(format!(
+                            "expected {}, found {}",
+                            describe(&[*schema]),
+                            found(scalar, &looks)
+                        ));
                     }
                     Err(message) => told = Some(message),
                 },
                 None if matches!(looks, Looks::Text) || scalar.written.is_some() => {
                     return Ok(Yaml::String(text.to_owned()));
                 }
-                None if format == Some("secret") => told = Some("expected text; put it into quotes".to_owned()),
+                None if format.is_some_and(|format| describe_form(format).is_some()) => {
+                    told = Some("expected text; put it into quotes".to_owned())
+                }
                 None => {
                     told = Some(format!(
                         "expected text, found {}; put it into quotes: \"{text}\"",
@@ -377,14 +391,6 @@ fn range(least: Option<i64>, most: Option<i64>) -> String {
         (Some(least), None) => format!("{least} or more"),
         (None, Some(most)) => format!("at most {most}"),
         (None, None) => "a whole number".to_owned(),
-    }
-}
-
-fn shown(scalar: &Scalar, schema: &Schema) -> String {
-    match &scalar.written {
-        Some(written) => format!("\"{written}\""),
-        None if schema.get("format").and_then(Schema::as_str) == Some("secret") => "text".to_owned(),
-        None => format!("\"{}\"", scalar.text),
     }
 }
 

@@ -1236,6 +1236,6 @@ impl JsonSchema for UrlText {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "string", "format": "secret"})
+        json_schema!({"type": "string", "format": "url"})
     }
 }

@@ -20,7 +20,7 @@ use std::path::Path as FilePath;
 
 use fault::Path;
 pub use fault::{Fault, Faults};
-pub use reload::{Applies, RestartNeeded, applies, diff};
+pub use reload::{Applies, RestartNeeded, applies, diff, restart_paths};
 pub use schema::{json_schema, reference};
 pub use settings::*;
 
@@ -337,6 +337,7 @@ mod tests {
         assert_eq!(paths, ["gate.name", "keys.environments"]);
         assert_eq!(applies("gate.listen[].tls"), Applies::Restart);
         assert_eq!(applies("tiers.*.limit"), Applies::Reload);
-        assert_eq!(applies("gate.limits.head_bytes"), Applies::Reload);
+        assert_eq!(applies("gate.limits.head_bytes"), Applies::Restart);
+        assert_eq!(applies("gate.failed_attempts.limit"), Applies::Reload);
     }
 }

@@ -9,7 +9,7 @@ use super::settings::Config;
 pub enum Applies {
     /// Takes effect at a reload, without dropping a request or a count.
     Reload,
-    /// Takes effect at a restart; a reload that meets it changes nothing and names it.
+    /// Takes effect at a restart; a reload applies the rest and names it.
     Restart,
 }
 
@@ -39,20 +39,16 @@ const RESTART: &[Row] = &[
     ("gate.feed", |a, b| gate(a, b, |gate| &gate.feed)),
     // The runtime is told once how long to drain.
     ("gate.shutdown_grace", |a, b| gate(a, b, |gate| &gate.shutdown_grace)),
-    ("gate.limits.upstream_pool", |a, b| {
-        gate(a, b, |gate| &gate.limits.upstream_pool)
-    }),
-    ("gate.limits.h2_streams", |a, b| {
-        gate(a, b, |gate| &gate.limits.h2_streams)
-    }),
+    // The edge keeps the settings it was made with.
+    ("gate.limits", |a, b| gate(a, b, |gate| &gate.limits)),
+    ("gate.trusted_proxies", |a, b| gate(a, b, |gate| &gate.trusted_proxies)),
+    ("gate.paths", |a, b| gate(a, b, |gate| &gate.paths)),
     // Keys are stored and indexed by their environment.
     ("keys.environments", |a, b| a.keys.environments == b.keys.environments),
     ("log.format", |a, b| a.log.format == b.log.format),
     ("log.path", |a, b| a.log.path == b.log.path),
-    ("log.access.buffer_lines", |a, b| {
-        let lines = |config: &Config| config.log.access.as_ref().map(|access| access.buffer_lines);
-        lines(a).is_none() || lines(b).is_none() || lines(a) == lines(b)
-    }),
+    // A file is opened again at each reload, for whoever rotates it.
+    ("log.access", |a, b| a.log.access == b.log.access),
 ];
 
 fn gate<T: PartialEq>(a: &Config, b: &Config, field: fn(&super::settings::Gate) -> &T) -> bool {
@@ -89,4 +85,9 @@ pub fn diff(old: &Config, new: &Config) -> Vec<RestartNeeded> {
             path: (*path).to_owned(),
         })
         .collect()
+}
+
+/// The settings that need a restart, each with everything below it.
+pub fn restart_paths() -> impl Iterator<Item = &'static str> {
+    RESTART.iter().map(|(path, _)| *path)
 }

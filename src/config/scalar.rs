@@ -38,6 +38,8 @@ pub(super) fn describe_form(name: &str) -> Option<&'static str> {
         "listen-address" => "an address such as \"127.0.0.1:8080\"",
         "server-address" => "an address such as \"127.0.0.1:9000\"",
         "network" => "a network such as 10.0.0.0/8",
+        "secret" => "a secret",
+        "url" => "a URL",
         "base-url" => "a URL such as https://keys.example.com",
         _ => return None,
     })

@@ -39,7 +39,7 @@ pub fn reference() -> String {
          One YAML file. Durations are a whole number and a unit (`500ms`, `30s`, `5m`, `24h`, `30d`), sizes are bytes or a number with `KiB`, `MiB` or `GiB`,\n\
          relative paths start at the file's directory. `${NAME}`, `${NAME:-default}` and `${file:/path}` are replaced in any value, after parsing; `$${` stands for `${`.\n\
          `tollgate check` tells every mistake of a file at once.\n\n\
-         The last column says what a change needs: **reload** (`tollgate reload`, SIGHUP) applies it without dropping a request or a count; **restart** is refused by a reload, which says so.\n",
+         The last column says what a change needs: **reload** (`tollgate reload`, SIGHUP) applies it without dropping a request or a count; **restart**: it takes effect at the next start, and a reload says so.\n",
     );
     section(&mut page, raw(), raw(), "", "The file", &mut Vec::new());
     page

@@ -51,19 +51,12 @@ pub(super) struct Entry {
 /// # Errors
 /// The first fault of syntax, or every repeated key.
 pub(super) fn parse(text: &str) -> Result<Node, Vec<Fault>> {
-    if let Err(error) = serde_yaml::from_str::<serde::de::IgnoredAny>(text) {
-        let only_comments = text.lines().all(|line| {
-            matches!(line.trim().trim_start_matches('\u{feff}'), "" | "---" | "...") || line.trim().starts_with('#')
-        });
-        if only_comments {
-            return Err(vec![Fault {
-                line: 0,
-                column: 0,
-                path: String::new(),
-                message: "the file is empty; `tollgate config init` prints one to begin with".to_owned(),
-            }]);
-        }
-        return Err(vec![syntax(&error)]);
+    match serde_yaml::from_str::<serde::de::IgnoredAny>(text) {
+        Err(error) if text.trim().is_empty() => return Err(vec![fault_at(position_of(&error), EMPTY)]),
+        // The walk below knows where the second one begins.
+        Err(error) if error.to_string().contains("more than one document") => {}
+        Err(error) => return Err(vec![syntax(&error)]),
+        Ok(_) => {}
     }
     let mut builder = Builder::default();
     let mut parser = Parser::new_from_str(text);
@@ -82,26 +75,25 @@ pub(super) fn parse(text: &str) -> Result<Node, Vec<Fault>> {
     match builder.root {
         Some(node) if builder.faults.is_empty() => Ok(node),
         Some(_) => Err(builder.faults),
-        None => Err(vec![fault_at(Position { line: 1, column: 1 }, "the file is empty")]),
+        None => Err(vec![fault_at(Position { line: 1, column: 1 }, EMPTY)]),
     }
 }
 
+const EMPTY: &str = "the file is empty; `tollgate config init` prints one to begin with";
+
+fn position_of(error: &serde_yaml::Error) -> Position {
+    error.location().map_or(Position { line: 1, column: 1 }, |at| Position {
+        line: at.line(),
+        column: at.column(),
+    })
+}
+
 fn syntax(error: &serde_yaml::Error) -> Fault {
-    let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
     let message = error.to_string();
     let what = message.split(" at line ").next().unwrap_or(&message);
-    let what = match what {
-        "deserializing from YAML containing more than one document is not supported" => {
-            return fault_at(
-                Position { line, column },
-                "holds more than one YAML document (`---`); only one is read",
-            );
-        }
-        other => other,
-    };
     // The context says where the broken construct began, which is often the line to mend.
     let context = message.find(", while ").map_or("", |start| &message[start..]);
-    fault_at(Position { line, column }, &format!("not YAML: {what}{context}"))
+    fault_at(position_of(error), &format!("not YAML: {what}{context}"))
 }
 
 fn fault_at(at: Position, message: &str) -> Fault {
@@ -204,7 +196,13 @@ impl Builder {
                     OpenKind::Mapping { entries, .. } => Value::Mapping(entries),
                 };
                 let nodes = self.nodes - open.nodes_before;
-                self.close(Node { at: open.at, value }, open.anchor, nodes)
+                // A block mapping is announced behind its first key; it begins where that key does.
+                let first = match &value {
+                    Value::Mapping(entries) => entries.first().map(|entry| entry.key_at),
+                    _ => None,
+                };
+                let at = first.map_or(open.at, |first| first.min(open.at));
+                self.close(Node { at, value }, open.anchor, nodes)
             }
         }
     }

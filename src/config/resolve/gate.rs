@@ -143,7 +143,7 @@ impl Resolver {
             .chars()
             .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-');
         let taken = NOT_OURS.iter().find(|name| name.starts_with(prefix));
-        let message = if !characters || !prefix.ends_with('-') || prefix.len() < 3 || prefix.len() > 40 {
+        let message = if !characters || !prefix.ends_with('-') || prefix.len() < 2 || prefix.len() > 40 {
             "expected lower case letters, digits and -, with - at the end, such as x-tollgate-".to_owned()
         } else if let Some(name) = taken {
             format!("{name} begins with it, and would be taken from clients")
@@ -233,23 +233,27 @@ impl Resolver {
                 format!("must be from 1024 to 1048576 (1 MiB), found {head_bytes}"),
             );
         }
-        let target_bytes = limits.target_bytes.0;
-        if target_bytes < 256 || target_bytes > head_bytes {
+        let written = self.places.was_written(&path.key("target_bytes"));
+        let target_bytes = if written {
+            limits.target_bytes.0
+        } else {
+            limits.target_bytes.0.min(head_bytes)
+        };
+        if !self.is_faulty(&path.key("head_bytes")) && !(256..=head_bytes).contains(&target_bytes) {
             self.fault(
                 &path.key("target_bytes"),
                 format!("must be from 256 to head_bytes ({head_bytes}), found {target_bytes}"),
             );
         }
-        if limits.connections_per_address > limits.connections {
-            let key = if self.places.was_written(&path.key("connections_per_address")) {
-                "connections_per_address"
-            } else {
-                "connections"
-            };
-            let (each, all) = (limits.connections_per_address, limits.connections);
+        let each_path = path.key("connections_per_address");
+        let each = match self.places.was_written(&each_path) {
+            true => limits.connections_per_address,
+            false => limits.connections_per_address.min(limits.connections),
+        };
+        if each > limits.connections {
             self.fault(
-                &path.key(key),
-                format!("connections_per_address ({each}) is more than connections in all ({all})"),
+                &each_path,
+                format!("{each} is more than connections in all ({})", limits.connections),
             );
         }
         Limits {
@@ -264,7 +268,7 @@ impl Resolver {
             min_bytes_per_second: limits.min_bytes_per_second,
             upgraded_idle: self.timeout(&path.key("upgraded_idle"), limits.upgraded_idle),
             connections: limits.connections as usize,
-            connections_per_address: limits.connections_per_address as usize,
+            connections_per_address: each as usize,
             requests_per_connection: limits.requests_per_connection,
             h2_streams: limits.h2_streams,
             h2_resets_per_minute: limits.h2_resets_per_minute,

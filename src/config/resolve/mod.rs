@@ -140,6 +140,18 @@ impl Resolver {
         );
     }
 
+    /// A key that must be one of `names`.
+    fn known_key(&mut self, path: &Path, kind: &str, name: &str, names: &[&str]) {
+        if !names.contains(&name) {
+            let known = listed(names.iter().copied(), 20);
+            let suggestion = did_you_mean(name, names.iter().copied());
+            self.fault_of_key(
+                path,
+                format!("unknown {kind} \"{name}\"{suggestion} ({kind}s: {known})"),
+            );
+        }
+    }
+
     /// A duration within its bounds; an unbounded end is a thousand years.
     fn span(&mut self, path: &Path, span: Span, least: Duration, most: Duration) -> Duration {
         if span.0 < least || span.0 > most {
@@ -189,6 +201,9 @@ impl Resolver {
 
     /// A certificate with its key; either alone is a fault.
     fn certificate(&mut self, path: &Path, cert: Option<&str>, key: Option<&str>) -> Option<Certificate> {
+        if self.is_faulty(&path.key("cert")) || self.is_faulty(&path.key("key")) {
+            return None;
+        }
         match (cert, key) {
             (Some(cert), Some(key)) => Some(Certificate {
                 cert: self.existing_file(&path.key("cert"), cert),

@@ -196,7 +196,7 @@ impl Resolver {
             self.name(&path, "a plan", name);
             let mut limits = BTreeMap::new();
             for (tier, limit) in &plan.tiers.0 {
-                self.known(&path.key("tiers").key(tier), "tier", tier, &tier_names);
+                self.known_key(&path.key("tiers").key(tier), "tier", tier, &tier_names);
                 limits.insert(tier.clone(), limit.limit);
             }
             resolved.push(Plan {

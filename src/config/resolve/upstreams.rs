@@ -97,7 +97,9 @@ impl Resolver {
         } else {
             health.timeout.0.min(every)
         };
-        if timeout > every {
+        if self.is_faulty(&path.key("every")) {
+            // What `timeout` is measured by is wrong itself.
+        } else if timeout > every {
             self.fault(
                 &path.key("timeout"),
                 format!("{} is longer than every ({})", health.timeout, health.every),

@@ -78,6 +78,7 @@ pub struct MigrationState {
 pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, Fault> {
     let (options, _scratch) = options(url)?;
     let applied = if options.get_filename().exists() {
+        // Not read-only: a database in WAL mode that nobody has open can then not be read, for want of its index file.
         let mut connection = options.connect().await.map_err(fault)?;
         let has_any =
             sqlx::query_scalar::<_, i64>("SELECT count(*) FROM sqlite_master WHERE name = '_sqlx_migrations'")
