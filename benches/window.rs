@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::hint::black_box;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Barrier, Mutex};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use criterion::Criterion;
@@ -25,8 +25,8 @@ use tollgate::gate::window::{Refused, Window};
 
 const S: u64 = 1_000_000_000;
 const T0: u64 = 1_000 * 3_600 * S;
-/// Calls to a measurement: some milliseconds.
-const CALLS: u64 = 100_000;
+/// Calls to a measurement: some milliseconds, so that two threads run beside each other for most of it.
+const CALLS: u64 = 1_000_000;
 
 /// What a key has, made anew for every measurement so that none inherits another's state.
 trait Limiter: Sync {
@@ -200,14 +200,18 @@ const CONTENDERS: [(&str, Make); 5] = [
 /// Nanoseconds a call of each thread takes, where so many threads go at so many keys.
 fn measure(make: Make, load: Load, threads: usize, keys: usize) -> Option<f64> {
     let limiters: Vec<_> = (0..keys).map(|_| make(load)).collect::<Option<_>>()?;
-    let start = Barrier::new(threads);
+    let waiting = AtomicUsize::new(threads);
     let slowest = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|thread| {
-                let (limiter, start) = (&*limiters[thread % keys], &start);
+                let (limiter, waiting) = (&*limiters[thread % keys], &waiting);
                 scope.spawn(move || {
                     limiter.run(load.step_ns(), 1_000);
-                    start.wait();
+                    // All start at once, awake.
+                    waiting.fetch_sub(1, Ordering::AcqRel);
+                    while waiting.load(Ordering::Acquire) > 0 {
+                        std::hint::spin_loop();
+                    }
                     let from = Instant::now();
                     black_box(limiter.run(load.step_ns(), CALLS));
                     from.elapsed()
@@ -288,7 +292,7 @@ fn main() {
         criterion();
         return;
     }
-    let text = table(21);
+    let text = table(15);
     println!("{text}");
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/results");
     let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(format!("{folder}/window.md"), text));

@@ -99,14 +99,14 @@ pub(super) const fn ticks_at(now_ns: u64) -> u64 {
     ns * TICKS_PER_NS
 }
 
-/// Whole seconds from `now` to `then` (both in ticks), rounded up; 0 where `then` has passed.
+/// Whole seconds from `now` to `then` (both in ticks), rounded up; 0 where `then` has passed. They fit into 32 bits as
+/// time stands still before its 2^32nd second.
 #[inline]
 pub(super) const fn seconds_until(then: u64, now: u64) -> u32 {
-    let seconds = then.saturating_sub(now).div_ceil(TICKS_PER_S);
-    if seconds < u32::MAX as u64 {
-        seconds as u32
+    if then > now {
+        ((then - now - 1) / TICKS_PER_S + 1) as u32
     } else {
-        u32::MAX
+        0
     }
 }
 
@@ -290,7 +290,7 @@ mod tests {
         assert_eq!(seconds_until(1, 0), 1);
         assert_eq!(seconds_until(5, 5), 0);
         assert_eq!(seconds_until(4, 5), 0);
-        assert_eq!(seconds_until(u64::MAX / 2, 0), 3_074_457_346);
+        assert_eq!(seconds_until(ticks_at(u64::MAX), 0), 3_074_457_346);
     }
 
     #[test]
