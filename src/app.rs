@@ -11,7 +11,7 @@ mod settings;
 
 use crate::clock::Clock;
 use crate::config::{self, Config};
-use crate::control::{self, ControlPlane};
+use crate::control::ControlPlane;
 use crate::feed::Feed;
 use crate::gate::Gate;
 use crate::meter::{self, Meter};
@@ -111,46 +111,6 @@ impl From<config::Faults> for AppError {
 pub fn run(config: Config, options: RunOptions) -> Result<(), AppError> {
     start_logging(&config.log)?;
     Process::assemble(config, Some(options.config_path), None)?.run()
-}
-
-/// What to do with the control plane's database.
-#[derive(Clone, Debug)]
-pub enum MigrateAction {
-    /// Say which migrations are applied.
-    Status,
-    /// Apply those that are not.
-    Up,
-    /// Copy the database to a new file, consistently and while it is in use.
-    Backup {
-        /// The file.
-        to: PathBuf,
-    },
-}
-
-/// Looks after the control plane's database; what it did, for a person or a program.
-///
-/// # Errors
-/// Where there is no control plane in the configuration, or the database says no.
-pub fn migrate(config: Config, action: MigrateAction) -> Result<Value, AppError> {
-    let settings = settings::control(&config)
-        .ok_or_else(|| AppError::Failed("the configuration has no control section, so no database".to_owned()))?;
-    let url = &settings.database;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let failed = |error: control::ControlError| AppError::Failed(error.to_string());
-    runtime.block_on(async {
-        if let MigrateAction::Backup { to } = &action {
-            control::backup(url, to).await.map_err(failed)?;
-            return Ok(json!({"backup": to.display().to_string()}));
-        }
-        if matches!(action, MigrateAction::Up) {
-            control::migrate(url).await.map_err(failed)?;
-        }
-        let states = control::migration_states(url).await.map_err(failed)?;
-        let states = states
-            .iter()
-            .map(|state| json!({"version": state.version, "description": state.description, "applied": state.applied}));
-        Ok(json!({"migrations": states.collect::<Vec<_>>()}))
-    })
 }
 
 /// Runs everything in one process on the built-in configuration, with a demo upstream, and prints a key.

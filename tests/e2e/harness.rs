@@ -17,7 +17,6 @@ pub struct Tollgate {
     pub gate: String,
     pub control: String,
     pub admin: String,
-    pub upstream: String,
     /// The key that `dev` printed.
     pub key: String,
     data: TempDir,
@@ -79,7 +78,6 @@ impl Tollgate {
             gate: url("gate"),
             control: url("control"),
             admin: url("admin"),
-            upstream: url("upstream"),
             key,
             data,
             process,
