@@ -25,8 +25,6 @@ pub struct RegisterDraft {
 #[derive(Debug)]
 pub struct Registered {
     pub organization_id: String,
-    pub user_id: String,
-    pub key_id: String,
     pub secret: Secret,
     pub revision: u64,
 }
@@ -95,7 +93,7 @@ impl Service {
         let account = NewAccount {
             organization,
             user: Some((user.clone(), password_hash)),
-            key: Some(key.clone()),
+            key: Some(key),
             invitation,
             note,
         };
@@ -103,8 +101,6 @@ impl Service {
         self.hub.publish(revision);
         Ok(Registered {
             organization_id: user.organization_id,
-            user_id: user.id,
-            key_id: key.id,
             secret,
             revision,
         })
