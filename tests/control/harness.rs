@@ -220,13 +220,19 @@ impl Harness {
             )
             .await
             .expect(201);
+        let token = text(&made["token"]);
+        let bearer = format!("Bearer {token}");
+        let keys = self
+            .send(Method::GET, "/api/v1/keys", &[("authorization", &bearer)], None)
+            .await
+            .expect(200);
         Tenant {
             organization: text(&registered["organizationId"]),
             email: email.to_owned(),
             api_key: text(&registered["apiKey"]),
-            key_id: text(&registered["keyId"]),
+            key_id: text(&keys["items"][0]["id"]),
             cookie,
-            token: text(&made["token"]),
+            token,
             token_id: text(&made["id"]),
         }
     }

@@ -37,12 +37,13 @@ def tenant(base):
     cookie = headers["set-cookie"].split(";")[0]
     token, _ = call(base, "POST", "/api/v1/tokens", {"name": "fuzz"}, {"cookie": cookie})
     bearer = {"authorization": "Bearer " + token["token"]}
-    key, _ = call(base, "POST", "/api/v1/keys", {"name": "k", "environment": "live", "scopes": []}, bearer)
+    call(base, "POST", "/api/v1/keys", {"name": "k", "environment": "live", "scopes": []}, bearer)
+    keys, _ = call(base, "GET", "/api/v1/keys", headers=bearer)
     return {
         "organization": made["organizationId"],
-        "user": made["userId"],
+        "user": login["userId"],
         "email": email,
-        "keys": [made["keyId"], key["id"]],
+        "keys": [item["id"] for item in keys["items"]],
         "token_id": token["id"],
         "session": login["sessionId"],
         "token": token["token"],

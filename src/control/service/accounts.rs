@@ -93,7 +93,7 @@ impl Service {
         let account = NewAccount {
             organization,
             user: Some((user.clone(), password_hash)),
-            key: Some(key.clone()),
+            key: Some(key),
             invitation,
             note,
         };
