@@ -14,8 +14,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::settings::Network;
 
+/// Says what is wrong with a text.
+pub(super) type Check = fn(&str) -> Result<(), String>;
+
 /// A form's check by its name in the schema.
-pub(super) fn form(name: &str) -> Option<fn(&str) -> Result<(), String>> {
+pub(super) fn form(name: &str) -> Option<Check> {
     fn check<T: FromStr<Err = String>>(text: &str) -> Result<(), String> {
         T::from_str(text).map(|_| ())
     }

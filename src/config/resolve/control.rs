@@ -57,7 +57,7 @@ impl Resolver {
         let state_dir = match (&control.state_dir, &file.gate) {
             (Some(text), _) => self.file_path(&path.key("state_dir"), text),
             (None, Some(gate)) => self.base.join(&gate.state_dir),
-            (None, None) => self.base.join("/var/lib/tollgate"),
+            (None, None) => file::state_dir().into(),
         };
         Control {
             address,

@@ -122,13 +122,13 @@ impl Resolver {
     }
 
     pub(super) fn client_tls(&mut self, path: &Path, tls: &file::ClientTls) -> ClientTls {
-        if let Some(sni) = &tls.sni {
-            if let Err(message) = super::super::scalar::host_name(sni) {
-                self.fault(
-                    &path.key("sni"),
-                    format!("{message}; expected a name such as api.internal"),
-                );
-            }
+        if let Some(sni) = &tls.sni
+            && let Err(message) = super::super::scalar::host_name(sni)
+        {
+            self.fault(
+                &path.key("sni"),
+                format!("{message}; expected a name such as api.internal"),
+            );
         }
         ClientTls {
             sni: tls.sni.clone(),

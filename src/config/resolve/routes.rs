@@ -195,15 +195,15 @@ impl Resolver {
 
     fn access(&mut self, path: &Path, route: &file::Route, names: &Names<'_>) -> Access {
         let Some(public) = &route.public else {
-            if let Some(scope) = &route.scope {
-                if !self.is_faulty(&Path::root().key("scopes")) {
-                    self.known(&path.key("scope"), "scope", scope, &names.scopes);
-                }
+            if let Some(scope) = &route.scope
+                && !self.is_faulty(&Path::root().key("scopes"))
+            {
+                self.known(&path.key("scope"), "scope", scope, &names.scopes);
             }
-            if let Some(tier) = &route.tier {
-                if !self.is_faulty(&Path::root().key("tiers")) {
-                    self.known(&path.key("tier"), "tier", tier, &names.tiers);
-                }
+            if let Some(tier) = &route.tier
+                && !self.is_faulty(&Path::root().key("tiers"))
+            {
+                self.known(&path.key("tier"), "tier", tier, &names.tiers);
             }
             return Access::Key {
                 scope: route.scope.clone(),
@@ -277,10 +277,10 @@ impl Resolver {
             self.fault(path, format!("\"{host}\": a host is written whole, without *"));
         } else if named_port && lower.parse::<std::net::IpAddr>().is_err() {
             self.fault(path, format!("\"{host}\": a host is matched without its port"));
-        } else if lower.parse::<std::net::IpAddr>().is_err() {
-            if let Err(message) = host_name(&lower) {
-                self.fault(path, message);
-            }
+        } else if lower.parse::<std::net::IpAddr>().is_err()
+            && let Err(message) = host_name(&lower)
+        {
+            self.fault(path, message);
         }
         lower
     }
