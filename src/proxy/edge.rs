@@ -32,7 +32,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::client_address::{IpNet, ProxyHeader, TrustedProxies, is_claim, read_proxy_header};
 use super::frames::{FrameLimits, FrameWatch, PREFACE};
-use super::guard::{ConnectionInfo, Guard, GuardError, GuardSettings, PaceLimits, close_lingering};
+use super::guard::{ConnectionInfo, Guard, GuardError, GuardSettings, PaceLimits, close, close_lingering};
 use super::slots::{Capped, Slot, Slots};
 use super::strict::{Ambiguity, HeadCheck, HeadFraming, HeadLimits, PathRules, check_request};
 use super::tls::EdgeTls;
@@ -62,7 +62,7 @@ pub struct EdgeSettings {
     pub min_bytes_per_second: u32,
     /// How long an upgraded connection may be silent in both directions. 1 h: longer than any heartbeat in use.
     pub upgraded_idle: Duration,
-    /// Connections in all. 20,000: section 10 of the design. At rest each costs about 6 KiB.
+    /// Connections in all. 20,000: section 10 of the design. `tests/edge/hostile.rs` measures what each costs.
     pub connections: usize,
     /// Connections from one IPv4 address or IPv6 /64. 1,000: section 10 of the design. Trusted proxies are exempt.
     pub connections_per_address: usize,
@@ -562,7 +562,11 @@ where
         };
         // The answer is small: where it does not fit into the socket at once, nobody is reading.
         if let Ok(Ok(())) = tokio::time::timeout(REFUSAL_DEADLINE, write).await {
-            close_lingering(guard.io_mut()).await;
+            match refusal.why {
+                // All that it sent was read: nothing can reset the answer, and it had its time.
+                RefusedFor::Slow => close(guard.io_mut()).await,
+                RefusedFor::Ambiguity(_) => close_lingering(guard.io_mut()).await,
+            }
         }
     }
 

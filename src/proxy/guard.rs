@@ -195,6 +195,8 @@ pub struct Guard {
     socket: Option<Arc<SocketDigest>>,
     reading: Waiting,
     writing: Waiting,
+    /// The client was too slow: nothing more is waited for.
+    gave_up: bool,
 }
 
 enum Mode {
@@ -317,6 +319,7 @@ impl Guard {
             socket,
             reading: Waiting::new(settings.body),
             writing: Waiting::new(settings.response),
+            gave_up: false,
         }
     }
 
@@ -460,7 +463,10 @@ impl Guard {
                 Poll::Ready(Ok(()))
             }
             Poll::Pending => match self.reading.poll_too_slow(cx) {
-                Poll::Ready(()) => Poll::Ready(Err(GuardError::BodyTooSlow.into())),
+                Poll::Ready(()) => {
+                    self.gave_up = true;
+                    Poll::Ready(Err(GuardError::BodyTooSlow.into()))
+                }
                 Poll::Pending => Poll::Pending,
             },
             error => error,
@@ -559,9 +565,9 @@ impl Guard {
     }
 
     fn poll_write_pending(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        self.writing
-            .poll_too_slow(cx)
-            .map(|()| GuardError::ResponseTooSlow.into())
+        ready!(self.writing.poll_too_slow(cx));
+        self.gave_up = true;
+        Poll::Ready(GuardError::ResponseTooSlow.into())
     }
 }
 
@@ -624,9 +630,14 @@ const UPGRADED_TICK: Duration = Duration::from_millis(400);
 pub(super) const LINGER: Duration = Duration::from_secs(1);
 pub(super) const LINGER_BYTES: usize = 1024 * 1024;
 
+/// Says that no more will be written. That takes a flush, for which a client that does not read is not waited for.
+pub(super) async fn close(io: &mut Stream) {
+    let _ = tokio::time::timeout(LINGER, io.shutdown()).await;
+}
+
 /// Says that no more will be written, then reads on for a while and throws it away.
 pub(super) async fn close_lingering(io: &mut Stream) {
-    io.shutdown().await;
+    close(io).await;
     let drain = async {
         let mut scratch = [0u8; 4096];
         let mut total = 0;
@@ -706,8 +717,8 @@ impl AsyncWrite for Guard {
 #[async_trait]
 impl Shutdown for Guard {
     async fn shutdown(&mut self) {
-        if self.is_reusable() && self.buffer.is_empty() {
-            self.io.shutdown().await;
+        if self.gave_up || (self.is_reusable() && self.buffer.is_empty()) {
+            close(&mut self.io).await;
         } else {
             // The client is still sending; a reset now could overtake the response.
             close_lingering(&mut self.io).await;

@@ -516,9 +516,12 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
     let strict = rules == PathRules::Strict;
     let mut i = 0;
     let mut segment_start = 0;
-    let mut has_high_bytes = false;
+    let mut utf8 = Utf8::default();
     while i < path.len() {
         let b = path[i];
+        if b != b'%' && !utf8.is_whole() {
+            return Err(Ambiguity::PercentUtf8);
+        }
         if CLASS[b as usize] & PLAIN_PATH != 0 {
             i += 1;
             continue;
@@ -532,6 +535,9 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
             }
             b'%' => {
                 let byte = percent_byte(path, i)?;
+                if strict {
+                    utf8 = utf8.push(byte)?;
+                }
                 match byte {
                     b'\\' => return Err(Ambiguity::PathBackslash),
                     b'.' => return Err(Ambiguity::PathEncodedDot),
@@ -546,7 +552,6 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
                     b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' | b'-' | b'_' if strict => {
                         return Err(Ambiguity::PathEncodedPlain);
                     }
-                    0x80.. => has_high_bytes = true,
                     _ => {}
                 }
                 i += 2;
@@ -563,10 +568,10 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
     if !last.is_empty() {
         check_segment(last, strict)?;
     }
-    if has_high_bytes && strict {
-        check_utf8(path)
-    } else {
+    if utf8.is_whole() {
         Ok(())
+    } else {
+        Err(Ambiguity::PercentUtf8)
     }
 }
 
@@ -609,31 +614,46 @@ fn hex(digit: u8) -> Option<u8> {
     char::from(digit).to_digit(16).map(|value| value as u8)
 }
 
-/// Overlong forms such as `%C0%AF` are slashes to some decoders and garbage to others; only UTF-8 passes. Works
-/// through a small window, so that nothing is allocated.
-fn check_utf8(path: &[u8]) -> Result<(), Ambiguity> {
-    let mut window = [0u8; 4];
-    let mut length = 0;
-    let mut i = 0;
-    while i < path.len() {
-        let (byte, step) = match percent_byte(path, i) {
-            Ok(byte) => (byte, 3),
-            Err(_) => (path[i], 1),
-        };
-        i += step;
-        window[length] = byte;
-        length += 1;
-        match std::str::from_utf8(&window[..length]) {
-            Ok(_) => length = 0,
-            // Incomplete so far; four bytes decide every case.
-            Err(error) if error.error_len().is_none() && length < 4 => {}
-            Err(_) => return Err(Ambiguity::PercentUtf8),
-        }
+/// Where in a UTF-8 sequence of percent-encoded bytes a path is. Overlong forms such as `%C0%AF` are slashes to some
+/// decoders and garbage to others, so only what Unicode's table 3-7 has as well-formed passes.
+#[derive(Clone, Copy, Default)]
+struct Utf8 {
+    /// Continuation bytes to come.
+    left: u8,
+    /// What the next one may be: `low..=high`. Only the first is ever narrower than 80 to BF.
+    low: u8,
+    high: u8,
+}
+
+impl Utf8 {
+    fn is_whole(self) -> bool {
+        self.left == 0
     }
-    if length == 0 {
-        Ok(())
-    } else {
-        Err(Ambiguity::PercentUtf8)
+
+    fn push(self, byte: u8) -> Result<Self, Ambiguity> {
+        if self.left > 0 {
+            return if (self.low..=self.high).contains(&byte) {
+                Ok(Utf8 {
+                    left: self.left - 1,
+                    low: 0x80,
+                    high: 0xbf,
+                })
+            } else {
+                Err(Ambiguity::PercentUtf8)
+            };
+        }
+        let (left, low, high) = match byte {
+            0..=0x7f => (0, 0, 0),
+            0xc2..=0xdf => (1, 0x80, 0xbf),
+            0xe0 => (2, 0xa0, 0xbf),
+            0xed => (2, 0x80, 0x9f),
+            0xe1..=0xef => (2, 0x80, 0xbf),
+            0xf0 => (3, 0x90, 0xbf),
+            0xf1..=0xf3 => (3, 0x80, 0xbf),
+            0xf4 => (3, 0x80, 0x8f),
+            _ => return Err(Ambiguity::PercentUtf8),
+        };
+        Ok(Utf8 { left, low, high })
     }
 }
 

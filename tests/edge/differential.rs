@@ -229,10 +229,23 @@ fn generate(numbers: &mut Numbers) -> String {
     path
 }
 
-struct Server {
+/// A server in a process of its own; killed when dropped.
+pub struct Server {
     name: &'static str,
     child: Child,
     port: u16,
+}
+
+impl Server {
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+/// An nginx that answers everything with the path it saw.
+pub fn nginx(directory: &Path) -> Server {
+    let prefix = format!("{}/", directory.display());
+    start("nginx", "nginx-light", directory, NGINX, &["-p", &prefix, "-c"])
 }
 
 impl Drop for Server {
@@ -244,7 +257,7 @@ impl Drop for Server {
 
 const NGINX: &str = r#"
 daemon off; master_process off; pid nginx.pid; error_log stderr crit;
-events { worker_connections 256; }
+events { worker_connections 20000; }
 http {
     access_log off; client_body_temp_path .; proxy_temp_path .; fastcgi_temp_path .; uwsgi_temp_path .; scgi_temp_path .;
     server { listen 127.0.0.1:PORT; keepalive_requests 1000000; location / { default_type text/plain; return 200 "$uri"; } }
@@ -318,9 +331,8 @@ fn start(name: &'static str, package: &str, directory: &Path, script: &str, argu
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_server_behind_the_edge_sees_the_rule_that_was_chosen() {
     let directory = tempfile::tempdir().unwrap();
-    let prefix = format!("{}/", directory.path().display());
     let servers = [
-        start("nginx", "nginx-light", directory.path(), NGINX, &["-p", &prefix, "-c"]),
+        nginx(directory.path()),
         start("haproxy", "haproxy", directory.path(), HAPROXY, &["-db", "-f"]),
         start("python3", "python3", directory.path(), PYTHON, &[]),
         start("node", "nodejs", directory.path(), NODE, &[]),

@@ -35,6 +35,18 @@ pub struct Forwarder {
     pub revoked: Arc<AtomicUsize>,
 }
 
+impl Forwarder {
+    /// Forwards to this port of 127.0.0.1.
+    pub fn new(settings: &EdgeSettings, upstream: u16) -> Self {
+        Forwarder {
+            trusted: TrustedProxies::new(settings.trusted_proxies.clone()),
+            settings: settings.clone(),
+            upstream: Arc::new(AtomicU16::new(upstream)),
+            revoked: Arc::new(AtomicUsize::new(0)),
+        }
+    }
+}
+
 async fn answer(session: &mut Session, refusal: &EdgeRefusal) -> u16 {
     let mut head = ResponseHeader::build(refusal.status, Some(3)).unwrap();
     let body = format!(
@@ -185,14 +197,8 @@ impl Drop for Door {
 
 impl Door {
     pub async fn open(settings: EdgeSettings, tls: Option<Arc<EdgeTls>>) -> Self {
-        let upstream = Arc::new(AtomicU16::new(1));
-        let revoked = Arc::new(AtomicUsize::new(0));
-        let forwarder = Forwarder {
-            trusted: TrustedProxies::new(settings.trusted_proxies.clone()),
-            settings: settings.clone(),
-            upstream: upstream.clone(),
-            revoked: revoked.clone(),
-        };
+        let forwarder = Forwarder::new(&settings, 1);
+        let (upstream, revoked) = (forwarder.upstream.clone(), forwarder.revoked.clone());
         let conf = Arc::new(ServerConf {
             threads: 1,
             ..ServerConf::default()

@@ -3,6 +3,7 @@
 mod differential;
 mod h2raw;
 mod harness;
+mod hostile;
 mod http1;
 mod http2;
 mod slow;

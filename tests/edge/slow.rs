@@ -128,6 +128,10 @@ async fn a_client_that_does_not_read_is_dropped() {
     let mut client = Reader::new(door.connect().await);
     client.send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await;
     let started = Instant::now();
+    while door.edge.activity().requests() == 0 {
+        assert!(started.elapsed() < Duration::from_secs(4), "never came");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     while door.edge.slots().open() > 0 {
         assert!(started.elapsed() < Duration::from_secs(4), "still there");
         tokio::time::sleep(Duration::from_millis(20)).await;
