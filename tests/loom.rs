@@ -245,7 +245,7 @@ fn one_thread_goes_round_the_ring_while_another_lags() {
                 (1..=4).map(|n| take(permits, many, edge::<2>(n))).collect(),
             ],
             after: probe::<2>(permits, 4..9),
-            preemptions: Some(2),
+            preemptions: Some(3),
         }
         .check(name);
     }
