@@ -2,8 +2,8 @@
 
 use jiff::Timestamp;
 
-/// The last instant that can be written, 9999-12-30T22:00:00.999Z, in milliseconds.
-pub const LAST_MS: i64 = 253_402_207_200_999;
+/// The last instant that is taken, 9999-12-30T00:00:00Z, in milliseconds: it can be written with any offset.
+pub const LAST_MS: i64 = 253_402_128_000_000;
 
 /// `2026-11-24T10:00:00.000Z`.
 pub fn rfc3339(unix_ms: i64) -> String {

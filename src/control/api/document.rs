@@ -97,7 +97,7 @@ struct LastUsedRequest {
     /// The first 16 hex digits of its digest.
     secret: String,
     /// Milliseconds since the Unix epoch.
-    #[schema(minimum = 0, maximum = 253402207200000_u64)]
+    #[schema(minimum = 0, maximum = 253402128000000_u64)]
     at_ms: i64,
 }
 

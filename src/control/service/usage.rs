@@ -167,7 +167,7 @@ fn check_batch(batch: &UsageBatch) -> Result<(), Fault> {
     if !(1..=LARGEST_COUNT).contains(&batch.sequence) {
         check.fault("sequence", "must be from 1 to 2^53");
     }
-    let minute_is_fine = |minute: i64| (0..=crate::control::time::LAST_MS / 60_000).contains(&minute);
+    let minute_is_fine = |minute: i64| (0..=LAST_MINUTE).contains(&minute);
     for (index, permit) in batch.permits.iter().enumerate() {
         let fine = short(&permit.key, 128) && short(&permit.tier, 128) && short(&permit.environment, 32);
         if !fine || !minute_is_fine(permit.minute) || permit.count > LARGEST_COUNT {
@@ -195,5 +195,7 @@ fn check_batch(batch: &UsageBatch) -> Result<(), Fault> {
 
 /// 2^53: what JSON's numbers hold exactly everywhere, and far below where a sum of them could overflow.
 const LARGEST_COUNT: u64 = 1 << 53;
+/// The year 9575, in minutes since the Unix epoch: far enough, and every minute up to it can be written as a date.
+const LAST_MINUTE: i64 = 4_000_000_000;
 /// A month of one key by the hour is 744 rows.
 const MOST_ROWS: u32 = 10_000;

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use sqlx::{Sqlite, Transaction};
 
-use super::{SqliteStore, fault, next_revision, write_audit};
+use super::{SqliteStore, begin, fault, next_revision, write_audit};
 use crate::control::model::{AuditNote, Fault, GateState, REMEMBER_OUTCOME_MS, REMEMBER_REVOKED_MS};
 use crate::control::store::{Changes, FeedStore, SnapshotReader, Stamp};
 use crate::wire::FeedLine;
@@ -19,7 +19,7 @@ impl FeedStore for SqliteStore {
     }
 
     async fn feed_changes(&self, after: u64, limit: u32) -> Result<Changes, Fault> {
-        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let mut tx = self.begin_reading().await?;
         let (newest, oldest): (i64, i64) = sqlx::query_as("SELECT revision, oldest FROM feed_state")
             .fetch_one(&mut *tx)
             .await
@@ -64,7 +64,7 @@ impl FeedStore for SqliteStore {
     }
 
     async fn feed_snapshot(&self) -> Result<Box<dyn SnapshotReader>, Fault> {
-        let mut tx = self.snapshots.begin().await.map_err(fault)?;
+        let mut tx = begin(&self.snapshots, "BEGIN").await?;
         // The first statement fixes what the whole transaction sees.
         let (revision, keys): (i64, i64) =
             sqlx::query_as("SELECT revision, (SELECT count(*) FROM feed_lines) FROM feed_state")

@@ -79,12 +79,12 @@ impl KeyStore for SqliteStore {
     }
 
     async fn key(&self, organization: Option<&str>, id: &str) -> Result<Option<ApiKey>, Fault> {
-        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let mut tx = self.begin_reading().await?;
         find_key(&mut tx, organization, id).await
     }
 
     async fn keys(&self, query: &KeyQuery) -> Result<Vec<ApiKey>, Fault> {
-        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let mut tx = self.begin_reading().await?;
         let rows: Vec<KeyRow> = select(query)
             .build_query_as()
             .fetch_all(&mut *tx)

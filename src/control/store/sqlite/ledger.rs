@@ -45,7 +45,7 @@ impl LedgerStore for SqliteStore {
     }
 
     async fn usage(&self, query: &UsageQuery) -> Result<UsageRows, Fault> {
-        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let mut tx = self.begin_reading().await?;
         let permits: Vec<Row> = select(query, "usage_minutes", "permits", "''")
             .build_query_as()
             .fetch_all(&mut *tx)

@@ -62,7 +62,12 @@ impl SqliteStore {
     /// Begins a change. Immediate: a transaction that reads first and writes later could fail halfway where another
     /// process had written in between.
     async fn begin(&self) -> Result<Transaction<'static, Sqlite>, Fault> {
-        self.writer.begin_with("BEGIN IMMEDIATE").await.map_err(fault)
+        begin(&self.writer, "BEGIN IMMEDIATE").await
+    }
+
+    /// Begins reading: all statements see the same state.
+    async fn begin_reading(&self) -> Result<Transaction<'static, Sqlite>, Fault> {
+        begin(&self.readers, "BEGIN").await
     }
 }
 
@@ -189,6 +194,23 @@ fn scratch() -> Result<Scratch, Fault> {
         .create(&directory)
         .map_err(|e| Fault::Unavailable(format!("{}: {e}", directory.display())))?;
     Ok(Scratch(directory))
+}
+
+/// Begins a transaction.
+///
+/// SQLite ends a transaction by itself when the disk is full or fails. sqlx then still believes in it, its roll-back
+/// fails, and the connection could never begin another one: such a connection is closed, and the pool opens a new one.
+async fn begin(pool: &SqlitePool, statement: &'static str) -> Result<Transaction<'static, Sqlite>, Fault> {
+    for _ in 0..=pool.options().get_max_connections() {
+        match pool.begin_with(statement).await {
+            Err(sqlx::Error::InvalidSavePointStatement) => {
+                let stuck = pool.acquire().await.map_err(fault)?;
+                stuck.close().await.map_err(fault)?;
+            }
+            begun => return begun.map_err(fault),
+        }
+    }
+    Err(Fault::Unavailable("no connection could begin a transaction".to_owned()))
 }
 
 fn pool(connections: u32) -> SqlitePoolOptions {

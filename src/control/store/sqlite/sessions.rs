@@ -84,7 +84,7 @@ impl SessionStore for SqliteStore {
     }
 
     async fn session(&self, digest: &Digest, now_ms: i64) -> Result<Option<(Session, User)>, Fault> {
-        let mut tx = self.readers.begin().await.map_err(fault)?;
+        let mut tx = self.begin_reading().await?;
         let row: Option<SessionRow> = sqlx::query_as("SELECT * FROM sessions WHERE digest = ? AND expires_at_ms > ?")
             .bind(digest.as_slice())
             .bind(now_ms)
