@@ -148,7 +148,7 @@ async fn keep_up(service: Arc<Service>, mut ended: tokio::sync::watch::Receiver<
             _ = ticks.tick() => {}
             _ = ended.wait_for(|ended| *ended) => break,
         }
-        let result = if tick % 12 == 0 {
+        let result = if tick.is_multiple_of(12) {
             service.maintain().await
         } else {
             service.save_gates().await

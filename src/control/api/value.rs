@@ -36,7 +36,7 @@ pub fn cursor(value: &str, id: &str) -> String {
 
 /// Reads a mark back.
 pub fn read_cursor(text: &str) -> Option<(String, String)> {
-    if text.is_empty() || text.len() > 1_024 || text.len() % 2 != 0 {
+    if text.is_empty() || text.len() > 1_024 || !text.len().is_multiple_of(2) {
         return None;
     }
     let digit = |b: u8| char::from(b).to_digit(16).map(|d| d as u8);

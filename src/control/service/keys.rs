@@ -245,7 +245,7 @@ impl Service {
         match written {
             Written::Done(key) => {
                 self.hub.publish(key.revision);
-                Ok(key)
+                Ok(*key)
             }
             Written::Replayed(_) => Err(Fault::Internal("a replay where nothing was claimed".into())),
         }
@@ -256,7 +256,7 @@ impl Service {
             Written::Done(key) => {
                 self.hub.publish(key.revision);
                 Ok(Issued {
-                    key,
+                    key: *key,
                     secret: Some(secret),
                     grace_ends_at_ms,
                 })

@@ -171,7 +171,7 @@ pub struct Claim<'a> {
 /// What became of a change.
 #[derive(Debug)]
 pub enum Written {
-    Done(ApiKey),
+    Done(Box<ApiKey>),
     /// The same request was carried out before; this is what was recorded of it.
     Replayed(String),
 }

@@ -44,7 +44,7 @@ impl KeyStore for SqliteStore {
             write_outcome(&mut tx, &key.organization_id, claim, &key, stamp.now_ms).await?;
         }
         tx.commit().await.map_err(fault)?;
-        Ok(Written::Done(key))
+        Ok(Written::Done(Box::new(key)))
     }
 
     async fn edit_key(
@@ -65,7 +65,7 @@ impl KeyStore for SqliteStore {
         let mut after = before.clone();
         let note = edit(&mut after)?;
         if after == before {
-            return Ok(Written::Done(before));
+            return Ok(Written::Done(Box::new(before)));
         }
         after.revision = next_revision(&mut tx).await?;
         update_key(&mut tx, &before, &after).await?;
@@ -75,7 +75,7 @@ impl KeyStore for SqliteStore {
             write_outcome(&mut tx, &after.organization_id, claim, &after, stamp.now_ms).await?;
         }
         tx.commit().await.map_err(fault)?;
-        Ok(Written::Done(after))
+        Ok(Written::Done(Box::new(after)))
     }
 
     async fn key(&self, organization: Option<&str>, id: &str) -> Result<Option<ApiKey>, Fault> {
