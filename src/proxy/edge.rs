@@ -6,7 +6,7 @@
 //! this one message. What is refused here never reaches Pingora, nor its `logging` hook: it is told to the
 //! [`EdgeObserver`].
 //!
-//! What a `ProxyHttp` behind an edge must still do is in [`check_http2`], [`end_body_once`], [`filter_upgrade`],
+//! What a `ProxyHttp` behind an edge must still do is in [`end_body_once`], [`filter_upgrade`],
 //! [`remove_claims`] and [`guard_refusal`].
 
 use std::fmt;
@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use bytes::{Buf, Bytes};
 use http::{HeaderName, header};
 use pingora::apps::{HttpServerApp, ServerApp};
-use pingora::http::RequestHeader;
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::http::v2::server::{H2Accept, H2Options, HttpSession as Http2Session, handshake};
 use pingora::protocols::{ALPN, Digest, SocketDigest, Stream};
@@ -270,8 +270,8 @@ pub trait EdgeObserver: Send + Sync {
     }
 }
 
-/// Renders the answer to a refused request, head and body: the envelope of section 2, `Connection: close`.
-pub type RenderRefusal = fn(&EdgeRefusal, request_id: &str) -> Vec<u8>;
+/// Renders the body of the answer to a refused request: the envelope of section 2, as `application/json`.
+pub type RenderRefusal = fn(&EdgeRefusal, request_id: &str) -> String;
 
 /// Connections and requests that are open now, for shutdown and `/status`.
 #[derive(Debug, Default)]
@@ -554,10 +554,11 @@ where
     async fn refuse(&self, mut guard: Box<Guard>, refusal: EdgeRefusal) {
         let request_id = request_id();
         self.observer.refused(guard.info().client, &refusal, &request_id);
-        let answer = (self.render)(&refusal, &request_id);
+        let body = (self.render)(&refusal, &request_id);
+        let answer = refusal_head(&refusal, body.len(), &request_id) + &body;
         let io = guard.io_mut();
         let write = async {
-            io.write_all(&answer).await?;
+            io.write_all(answer.as_bytes()).await?;
             io.flush().await
         };
         // The answer is small: where it does not fit into the socket at once, nobody is reading.
@@ -634,9 +635,22 @@ where
     }
 
     fn spawn_stream(&self, session: Http2Session, stream: ActiveStream, shutdown: &ShutdownWatch) {
+        let request = session.req_header();
+        let active = self.activity.begin();
+        if let Err(ambiguity) = check_request(&request.method, &request.uri, &request.headers, self.limits) {
+            let request_id = request_id();
+            let refusal = EdgeRefusal::from(ambiguity);
+            let client = session.client_addr().and_then(|client| client.as_inet()).copied();
+            self.observer.refused(client, &refusal, &request_id);
+            let body = (self.render)(&refusal, &request_id);
+            tokio::spawn(async move {
+                let _held = (stream, active);
+                refuse_stream(session, refusal, body, &request_id).await;
+            });
+            return;
+        }
         let proxy = self.proxy.clone();
         let shutdown = shutdown.clone();
-        let active = self.activity.begin();
         let mut session = ServerSession::new_http2(session);
         session.set_write_timeout(Some(self.settings.response_grace));
         tokio::spawn(async move {
@@ -644,6 +658,26 @@ where
             proxy.process_new_http(session, &shutdown).await;
         });
     }
+}
+
+/// Answers a refused HTTP/2 request; the connection and its other streams go on. What RFC 9113 calls malformed is reset
+/// as it asks for, where section 8 of the design does not ask for a 400.
+async fn refuse_stream(mut session: Http2Session, refusal: EdgeRefusal, body: String, request_id: &str) {
+    if refusal.why == RefusedFor::Ambiguity(Ambiguity::FieldPadded) {
+        session.shutdown_with_reason(h2::Reason::PROTOCOL_ERROR);
+        return;
+    }
+    let answer = async {
+        let mut head = ResponseHeader::build_no_case(refusal.status, Some(4))?;
+        head.insert_header(header::CONTENT_TYPE, "application/json")?;
+        head.insert_header(header::CONTENT_LENGTH, body.len())?;
+        head.insert_header(header::CACHE_CONTROL, "no-store")?;
+        head.insert_header("x-request-id", request_id)?;
+        session.write_response_header(Box::new(head), false)?;
+        session.write_body(Bytes::from(body), true).await
+    };
+    // An error means that the client has gone, or does not take so little in time.
+    let _ = tokio::time::timeout(REFUSAL_DEADLINE, answer).await;
 }
 
 #[async_trait]
@@ -731,15 +765,6 @@ impl HeadTimer {
     }
 }
 
-/// Checks a request that came over HTTP/2; HTTP/1 was checked before Pingora saw it. To be called first in
-/// `early_request_filter`.
-///
-/// # Errors
-/// The refusal to answer with.
-pub fn check_http2(request: &RequestHeader, limits: HeadLimits) -> Result<(), EdgeRefusal> {
-    check_request(&request.method, &request.uri, &request.headers, limits).map_err(EdgeRefusal::from)
-}
-
 /// To be called in `request_body_filter`. Pingora 0.9.1 would send the last chunk twice to an HTTP/1 upstream when a
 /// body's end comes in an empty piece, as with an empty DATA frame: the second one would be read as the start of a
 /// response to nobody, on a pooled connection.
@@ -815,22 +840,24 @@ fn request_id() -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn render_refusal(refusal: &EdgeRefusal, request_id: &str) -> Vec<u8> {
+fn render_refusal(refusal: &EdgeRefusal, request_id: &str) -> String {
+    format!(
+        r#"{{"success":false,"error":{{"code":"{}","message":"{}","requestId":"{request_id}"}}}}"#,
+        refusal.code, refusal.why
+    )
+}
+
+/// The head of an HTTP/1 refusal.
+fn refusal_head(refusal: &EdgeRefusal, body_bytes: usize, request_id: &str) -> String {
     let reason = http::StatusCode::from_u16(refusal.status)
         .ok()
         .and_then(|status| status.canonical_reason());
-    let body = format!(
-        r#"{{"success":false,"error":{{"code":"{}","message":"{}","requestId":"{request_id}"}}}}"#,
-        refusal.code, refusal.why
-    );
     format!(
-        "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
-         Connection: close\r\n\r\n{body}",
+        "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {body_bytes}\r\n\
+         Cache-Control: no-store\r\nX-Request-Id: {request_id}\r\nConnection: close\r\n\r\n",
         refusal.status,
         reason.unwrap_or("Refused"),
-        body.len()
     )
-    .into_bytes()
 }
 
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");

@@ -32,16 +32,21 @@ pub struct FrameWatch {
     in_header_block: bool,
     incomplete_for: Duration,
     connection_window: i64,
+    /// The highest stream that the client has opened.
+    highest: u32,
+    /// Streams whose request has not ended.
     uploads: Vec<Upload>,
     resets: Rate,
     control_frames: Rate,
 }
 
-/// A request whose body has not ended, and to which no response has begun.
+/// A request whose body has not ended.
 struct Upload {
     stream: u32,
     window: i64,
     pace: Pace,
+    /// We have answered or reset it: no more is awaited, though some may still be on its way.
+    is_settled: bool,
 }
 
 /// A frame's header, in whatever pieces it comes, and what is left of its payload.
@@ -50,9 +55,17 @@ struct FrameHeader {
     bytes: [u8; FRAME_HEADER],
     filled: usize,
     payload_left: usize,
-    /// The first bytes of a WINDOW_UPDATE's payload.
-    payload: [u8; 4],
+    /// What has come of a WINDOW_UPDATE's payload, or of one of SETTINGS' entries.
+    payload: [u8; 6],
     payload_filled: usize,
+}
+
+/// What some bytes completed.
+enum Piece {
+    Nothing,
+    Header(Frame),
+    WindowUpdate { stream: u32, increment: u32 },
+    Setting { id: u16, value: u32 },
 }
 
 /// At most `limit` events in each `period`, counted in fixed periods.
@@ -82,25 +95,47 @@ impl FrameWatch {
             in_header_block: false,
             incomplete_for: Duration::ZERO,
             connection_window: DEFAULT_WINDOW,
+            highest: 0,
             uploads: Vec::new(),
             resets: Rate::new(limits.resets_per_minute, Duration::from_secs(60)),
             control_frames: Rate::new(limits.control_frames_per_second, Duration::from_secs(1)),
         }
     }
 
+    /// The highest stream that the client has opened, for a GOAWAY.
+    pub fn highest_stream(&self) -> u32 {
+        self.highest
+    }
+
+    /// What we send stands at the end of a frame: another may follow.
+    pub fn is_between_sent_frames(&self) -> bool {
+        self.sent.filled == 0
+    }
+
     /// The client sent `bytes`.
     ///
     /// # Errors
-    /// [`GuardError::FrameFlood`].
+    /// [`GuardError::FrameFlood`]; [`GuardError::FrameInvalid`] for what the HTTP/2 library would end the connection
+    /// for, too, but with another error code than RFC 9113 asks for.
     pub fn received(&mut self, mut bytes: &[u8]) -> Result<(), GuardError> {
         let preface = self.preface_left.min(bytes.len());
         self.preface_left -= preface;
         bytes = &bytes[preface..];
         while !bytes.is_empty() {
-            let (used, frame, _) = self.received.advance(bytes);
+            let (used, piece) = self.received.advance(bytes);
             bytes = &bytes[used..];
-            if let Some(frame) = frame {
-                self.received_frame(frame)?;
+            match piece {
+                Piece::Header(frame) => {
+                    check_length(frame)?;
+                    self.received_frame(frame)?;
+                }
+                Piece::Setting {
+                    id: INITIAL_WINDOW_SIZE,
+                    value,
+                } if value > MAX_WINDOW => {
+                    return Err(GuardError::FrameInvalid(FLOW_CONTROL_ERROR));
+                }
+                _ => {}
             }
             if !self.is_incomplete() {
                 self.incomplete_for = Duration::ZERO;
@@ -112,32 +147,33 @@ impl FrameWatch {
     /// We sent `bytes`.
     pub fn sent(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            let (used, frame, update) = self.sent.advance(bytes);
+            let (used, piece) = self.sent.advance(bytes);
             bytes = &bytes[used..];
-            // The response has begun, or the stream is gone: from here on the upstream's timeouts hold.
-            if let Some(Frame {
-                kind: HEADERS | RST_STREAM,
-                stream,
-                ..
-            }) = frame
-            {
-                self.forget(stream);
-            }
-            match update {
-                Some((0, increment)) => self.connection_window += i64::from(increment),
-                Some((stream, increment)) => {
-                    if let Some(upload) = self.uploads.iter_mut().find(|upload| upload.stream == stream) {
+            match piece {
+                // The response has begun, or the stream is gone: from here on the upstream's timeouts hold.
+                Piece::Header(Frame {
+                    kind: HEADERS | RST_STREAM,
+                    stream,
+                    ..
+                }) => {
+                    if let Some(upload) = self.upload(stream) {
+                        upload.is_settled = true;
+                    }
+                }
+                Piece::WindowUpdate { stream: 0, increment } => self.connection_window += i64::from(increment),
+                Piece::WindowUpdate { stream, increment } => {
+                    if let Some(upload) = self.upload(stream) {
                         upload.window += i64::from(increment);
                     }
                 }
-                None => {}
+                _ => {}
             }
         }
     }
 
     /// Something is awaited from the client, so that time matters.
     pub fn is_waiting(&self) -> bool {
-        self.is_incomplete() || !self.uploads.is_empty()
+        self.is_incomplete() || self.uploads.iter().any(|upload| !upload.is_settled)
     }
 
     /// Nothing came for another `waited`.
@@ -152,13 +188,21 @@ impl FrameWatch {
             }
         }
         if self.connection_window > 0 {
-            for upload in &mut self.uploads {
-                if upload.window > 0 && !upload.pace.spend(waited) {
+            for upload in self
+                .uploads
+                .iter_mut()
+                .filter(|upload| !upload.is_settled && upload.window > 0)
+            {
+                if !upload.pace.spend(waited) {
                     return Err(GuardError::FrameTooSlow);
                 }
             }
         }
         Ok(())
+    }
+
+    fn upload(&mut self, stream: u32) -> Option<&mut Upload> {
+        self.uploads.iter_mut().find(|upload| upload.stream == stream)
     }
 
     fn is_incomplete(&self) -> bool {
@@ -167,33 +211,38 @@ impl FrameWatch {
 
     fn received_frame(&mut self, frame: Frame) -> Result<(), GuardError> {
         let ends_stream = frame.flags & END_STREAM != 0;
+        let is_known = frame.stream <= self.highest;
         match frame.kind {
             DATA => {
                 self.connection_window -= frame.length as i64;
                 if frame.length == 0 && !ends_stream {
                     self.control_frames.count()?;
                 }
-                if ends_stream {
-                    self.forget(frame.stream);
-                } else if let Some(upload) = self.uploads.iter_mut().find(|upload| upload.stream == frame.stream) {
-                    upload.window -= frame.length as i64;
-                    upload.pace.earn(frame.length);
+                match self.upload(frame.stream) {
+                    Some(_) if ends_stream => self.forget(frame.stream),
+                    Some(upload) => {
+                        upload.window -= frame.length as i64;
+                        upload.pace.earn(frame.length);
+                    }
+                    None if is_known => return Err(GuardError::FrameInvalid(STREAM_CLOSED)),
+                    // An idle stream: the library knows what to say.
+                    None => {}
                 }
             }
             HEADERS => {
                 self.in_header_block = frame.flags & END_HEADERS == 0;
-                if ends_stream {
-                    self.forget(frame.stream);
-                } else if self.uploads.iter().all(|upload| upload.stream != frame.stream) {
-                    // The library refuses streams beyond its limit; a few more than it allows may be seen here first.
-                    if self.uploads.len() >= MAX_UPLOADS {
-                        return Err(GuardError::FrameFlood);
+                if self.upload(frame.stream).is_some() {
+                    // Trailers.
+                    if ends_stream {
+                        self.forget(frame.stream);
                     }
-                    self.uploads.push(Upload {
-                        stream: frame.stream,
-                        window: i64::from(self.limits.stream_window),
-                        pace: Pace::new(self.limits.body),
-                    });
+                } else if is_known && frame.stream % 2 == 1 {
+                    return Err(GuardError::FrameInvalid(STREAM_CLOSED));
+                } else {
+                    self.highest = self.highest.max(frame.stream);
+                    if !ends_stream {
+                        self.open(frame.stream)?;
+                    }
                 }
             }
             CONTINUATION => self.in_header_block = frame.flags & END_HEADERS == 0,
@@ -206,21 +255,35 @@ impl FrameWatch {
         Ok(())
     }
 
+    fn open(&mut self, stream: u32) -> Result<(), GuardError> {
+        if self.uploads.len() >= MAX_UPLOADS {
+            // Streams that we ended and the client never did go first.
+            let settled = self.uploads.iter().position(|upload| upload.is_settled);
+            self.uploads.remove(settled.ok_or(GuardError::FrameFlood)?);
+        }
+        self.uploads.push(Upload {
+            stream,
+            window: i64::from(self.limits.stream_window),
+            pace: Pace::new(self.limits.body),
+            is_settled: false,
+        });
+        Ok(())
+    }
+
     fn forget(&mut self, stream: u32) {
         self.uploads.retain(|upload| upload.stream != stream);
     }
 }
 
 impl FrameHeader {
-    /// Takes some of `bytes`; returns how many, the frame whose header that completed, and the window update (stream
-    /// and increment) whose payload it completed.
-    fn advance(&mut self, bytes: &[u8]) -> (usize, Option<Frame>, Option<(u32, u32)>) {
+    /// Takes some of `bytes`; returns how many, and what that completed.
+    fn advance(&mut self, bytes: &[u8]) -> (usize, Piece) {
         if self.filled < FRAME_HEADER {
             let step = (FRAME_HEADER - self.filled).min(bytes.len());
             self.bytes[self.filled..self.filled + step].copy_from_slice(&bytes[..step]);
             self.filled += step;
             if self.filled < FRAME_HEADER {
-                return (step, None, None);
+                return (step, Piece::Nothing);
             }
             let frame = self.frame();
             self.payload_left = frame.length;
@@ -228,23 +291,41 @@ impl FrameHeader {
             if frame.length == 0 {
                 self.filled = 0;
             }
-            return (step, Some(frame), None);
+            return (step, Piece::Header(frame));
         }
-        let step = self.payload_left.min(bytes.len());
-        self.payload_left -= step;
-        let mut update = None;
-        if self.bytes[3] == WINDOW_UPDATE {
-            let keep = step.min(self.payload.len() - self.payload_filled);
-            self.payload[self.payload_filled..self.payload_filled + keep].copy_from_slice(&bytes[..keep]);
-            self.payload_filled += keep;
-            if self.payload_left == 0 {
-                update = Some((self.frame().stream, u32::from_be_bytes(self.payload) & 0x7fff_ffff));
+        let entry = match self.bytes[3] {
+            WINDOW_UPDATE => 4,
+            SETTINGS => 6,
+            _ => 0,
+        };
+        let mut step = self.payload_left.min(bytes.len());
+        let mut piece = Piece::Nothing;
+        if entry > 0 {
+            step = step.min(entry - self.payload_filled);
+            self.payload[self.payload_filled..self.payload_filled + step].copy_from_slice(&bytes[..step]);
+            self.payload_filled += step;
+            if self.payload_filled == entry {
+                self.payload_filled = 0;
+                let [a, b, c, d, e, f] = self.payload;
+                piece = if entry == 4 {
+                    let increment = u32::from_be_bytes([a, b, c, d]) & MAX_WINDOW;
+                    Piece::WindowUpdate {
+                        stream: self.frame().stream,
+                        increment,
+                    }
+                } else {
+                    Piece::Setting {
+                        id: u16::from_be_bytes([a, b]),
+                        value: u32::from_be_bytes([c, d, e, f]),
+                    }
+                };
             }
         }
+        self.payload_left -= step;
         if self.payload_left == 0 {
             self.filled = 0;
         }
-        (step, None, update)
+        (step, piece)
     }
 
     fn frame(&self) -> Frame {
@@ -255,6 +336,23 @@ impl FrameHeader {
             flags: b[4],
             stream: u32::from_be_bytes([b[5], b[6], b[7], b[8]]) & 0x7fff_ffff,
         }
+    }
+}
+
+/// RFC 9113 section 6: frames of these types have one length.
+fn check_length(frame: Frame) -> Result<(), GuardError> {
+    let is_right = match frame.kind {
+        PRIORITY => frame.length == 5,
+        RST_STREAM | WINDOW_UPDATE => frame.length == 4,
+        PING => frame.length == 8,
+        SETTINGS if frame.flags & ACK != 0 => frame.length == 0,
+        SETTINGS => frame.length.is_multiple_of(6),
+        _ => true,
+    };
+    if is_right {
+        Ok(())
+    } else {
+        Err(GuardError::FrameInvalid(FRAME_SIZE_ERROR))
     }
 }
 
@@ -289,11 +387,21 @@ pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_HEADER: usize = 9;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
+const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
+const INITIAL_WINDOW_SIZE: u16 = 4;
+const FLOW_CONTROL_ERROR: u32 = 3;
+const STREAM_CLOSED: u32 = 5;
+const FRAME_SIZE_ERROR: u32 = 6;
+/// 2^31 - 1, and the mask that leaves out the reserved bit.
+const MAX_WINDOW: u32 = 0x7fff_ffff;
 /// RFC 9113's initial connection window.
 const DEFAULT_WINDOW: i64 = 65_535;
 /// More open bodies than any stream limit that makes sense here.
@@ -366,6 +474,45 @@ mod tests {
         assert_eq!(watch.waited(Duration::from_secs(1)), Err(GuardError::FrameTooSlow));
         watch.sent(&frame(HEADERS, END_HEADERS, 1, b"x"));
         assert!(!watch.is_waiting(), "a response has begun");
+    }
+
+    #[test]
+    fn errors_have_their_own_codes() {
+        let invalid = |bytes: Vec<u8>| watch().received(&bytes);
+        for (kind, length) in [
+            (PING, 7),
+            (RST_STREAM, 3),
+            (PRIORITY, 4),
+            (WINDOW_UPDATE, 5),
+            (SETTINGS, 7),
+        ] {
+            let frame = frame(kind, 0, 1, &vec![0; length]);
+            assert_eq!(
+                invalid(frame),
+                Err(GuardError::FrameInvalid(FRAME_SIZE_ERROR)),
+                "{kind}"
+            );
+        }
+        let window = frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 1, 0, 4, 0x80, 0, 0, 0]);
+        assert_eq!(invalid(window), Err(GuardError::FrameInvalid(FLOW_CONTROL_ERROR)));
+        let mut watch = watch();
+        watch
+            .received(&frame(HEADERS, END_HEADERS | END_STREAM, 1, b"x"))
+            .unwrap();
+        assert_eq!(
+            watch.received(&frame(DATA, 0, 1, b"x")),
+            Err(GuardError::FrameInvalid(STREAM_CLOSED))
+        );
+    }
+
+    #[test]
+    fn what_was_on_its_way_when_we_reset_a_stream_is_no_error() {
+        let mut watch = watch();
+        watch.received(&frame(HEADERS, END_HEADERS, 1, b"x")).unwrap();
+        watch.sent(&frame(RST_STREAM, 0, 1, &[0; 4]));
+        watch.received(&frame(DATA, 0, 1, b"x")).unwrap();
+        watch.received(&frame(DATA, END_STREAM, 1, b"x")).unwrap();
+        assert!(!watch.is_waiting());
     }
 
     #[test]

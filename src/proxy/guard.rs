@@ -108,6 +108,19 @@ pub enum GuardError {
     FrameTooSlow,
     /// HTTP/2: too many resets or control frames.
     FrameFlood,
+    /// HTTP/2: a frame that is a connection error of this code (RFC 9113 section 7).
+    FrameInvalid(u32),
+}
+
+impl GuardError {
+    /// The code of the GOAWAY that ends an HTTP/2 connection for this.
+    fn goaway_code(self) -> u32 {
+        const ENHANCE_YOUR_CALM: u32 = 11;
+        match self {
+            GuardError::FrameInvalid(code) => code,
+            _ => ENHANCE_YOUR_CALM,
+        }
+    }
 }
 
 impl fmt::Display for GuardError {
@@ -119,6 +132,7 @@ impl fmt::Display for GuardError {
             GuardError::UpgradedEnded => f.write_str("the upgraded connection was ended"),
             GuardError::FrameTooSlow => f.write_str("an HTTP/2 frame or body came too slowly"),
             GuardError::FrameFlood => f.write_str("too many HTTP/2 resets or control frames"),
+            GuardError::FrameInvalid(code) => write!(f, "an HTTP/2 connection error of code {code}"),
         }
     }
 }
@@ -129,7 +143,9 @@ impl From<GuardError> for io::Error {
     fn from(error: GuardError) -> Self {
         let kind = match error {
             GuardError::Body(_) => io::ErrorKind::InvalidData,
-            GuardError::UpgradedEnded | GuardError::FrameFlood => io::ErrorKind::ConnectionAborted,
+            GuardError::UpgradedEnded | GuardError::FrameFlood | GuardError::FrameInvalid(_) => {
+                io::ErrorKind::ConnectionAborted
+            }
             _ => io::ErrorKind::TimedOut,
         };
         io::Error::new(kind, error)
@@ -197,6 +213,8 @@ pub struct Guard {
     writing: Waiting,
     /// The client was too slow: nothing more is waited for.
     gave_up: bool,
+    /// Bytes that were thrown away after our GOAWAY.
+    drained: usize,
 }
 
 enum Mode {
@@ -211,6 +229,8 @@ enum Mode {
     Upgraded,
     /// HTTP/2.
     Frames(Box<FrameWatch>),
+    /// HTTP/2, after our GOAWAY.
+    Ending(GuardError),
 }
 
 enum Body {
@@ -320,6 +340,7 @@ impl Guard {
             reading: Waiting::new(settings.body),
             writing: Waiting::new(settings.response),
             gave_up: false,
+            drained: 0,
         }
     }
 
@@ -498,29 +519,67 @@ impl Guard {
         let Mode::Frames(watch) = &mut self.mode else {
             unreachable!("called for HTTP/2 only")
         };
-        if !self.buffer.is_empty() {
+        let before = out.filled().len();
+        let outcome = if !self.buffer.is_empty() {
             let step = self.buffer.len().min(out.remaining());
-            watch.received(&self.buffer[..step])?;
             out.put_slice(&self.buffer[..step]);
             self.buffer.advance(step);
-            return Poll::Ready(Ok(()));
-        }
-        let before = out.filled().len();
-        match Pin::new(&mut self.io).poll_read(cx, out) {
-            Poll::Ready(Ok(())) => {
-                watch.received(&out.filled()[before..])?;
-                Poll::Ready(Ok(()))
-            }
-            Poll::Pending => {
-                while watch.is_waiting() {
+            watch.received(&out.filled()[before..])
+        } else {
+            match Pin::new(&mut self.io).poll_read(cx, out) {
+                Poll::Ready(Ok(())) => watch.received(&out.filled()[before..]),
+                Poll::Pending => loop {
+                    if !watch.is_waiting() {
+                        // A tick that nobody polls would count the quiet time as waiting once something is awaited
+                        // again.
+                        self.reading.ticking_since = None;
+                        return Poll::Pending;
+                    }
                     let waited = ready!(self.reading.poll_tick(cx, tick(self.settings.body)));
-                    watch.waited(waited)?;
-                }
-                // A tick that nobody polls would count the quiet time as waiting once something is awaited again.
-                self.reading.ticking_since = None;
-                Poll::Pending
+                    if let Err(error) = watch.waited(waited) {
+                        break Err(error);
+                    }
+                },
+                error => return error,
             }
-            error => error,
+        };
+        let Err(error) = outcome else {
+            return Poll::Ready(Ok(()));
+        };
+        let mut goaway = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        goaway[9..13].copy_from_slice(&watch.highest_stream().to_be_bytes());
+        goaway[13..].copy_from_slice(&error.goaway_code().to_be_bytes());
+        if watch.is_between_sent_frames() {
+            // A courtesy: where it does not fit into the socket, nobody reads.
+            let _ = Pin::new(&mut self.io).poll_write(cx, &goaway);
+            let _ = Pin::new(&mut self.io).poll_flush(cx);
+        }
+        self.mode = Mode::Ending(error);
+        self.reading.ticking_since = None;
+        out.set_filled(before);
+        self.poll_end(error, cx)
+    }
+
+    /// After a GOAWAY of our own: reads for a short while, so that what is still coming does not reset the connection
+    /// before the client has seen it.
+    fn poll_end(&mut self, error: GuardError, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let _ = Pin::new(&mut self.io).poll_shutdown(cx);
+        let mut scratch = [0u8; 4096];
+        loop {
+            let mut space = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut self.io).poll_read(cx, &mut space) {
+                Poll::Ready(Ok(())) if !space.filled().is_empty() => {
+                    self.drained += space.filled().len();
+                    if self.drained > LINGER_BYTES {
+                        return Poll::Ready(Err(error.into()));
+                    }
+                }
+                Poll::Ready(_) => return Poll::Ready(Err(error.into())),
+                Poll::Pending => {
+                    ready!(self.reading.poll_tick(cx, LINGER / 2));
+                    return Poll::Ready(Err(error.into()));
+                }
+            }
         }
     }
 
@@ -551,7 +610,7 @@ impl Guard {
                             *response = ResponseState::Started;
                         }
                     }
-                    Mode::Message { .. } => {}
+                    Mode::Message { .. } | Mode::Ending(_) => {}
                     // The tunnel is alive; its silence starts anew.
                     Mode::Upgraded => self.reading.pace = Pace::new(self.reading.pace.limits),
                     Mode::Frames(watch) => watch.sent(&data[..written.min(data.len())]),
@@ -658,6 +717,7 @@ impl AsyncRead for Guard {
             Mode::Message { .. } => this.poll_read_message(cx, out),
             Mode::Upgraded => this.poll_read_upgraded(cx, out),
             Mode::Frames(_) => this.poll_read_frames(cx, out),
+            Mode::Ending(error) => this.poll_end(error, cx),
         }
     }
 }

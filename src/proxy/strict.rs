@@ -131,6 +131,8 @@ ambiguities! {
     FieldName => "A field name is empty or has a byte that may not stand in one.",
     /// Whitespace between name and colon.
     FieldSpace => "There is whitespace between a field's name and its colon.",
+    /// HTTP/2: a value that starts or ends with whitespace.
+    FieldPadded => "A field's value starts or ends with whitespace.",
     /// A continuation line.
     FieldFolded => "A field is folded over several lines; send it on one line.",
     /// A framing field spelled with underscores, which CGI-like servers read as the real one.
@@ -483,8 +485,13 @@ pub fn check_request(method: &Method, uri: &Uri, headers: &HeaderMap, limits: He
         if name.contains(&b'_') && is_disguised_framing(name) {
             return Err(Ambiguity::FieldDisguised);
         }
-        if has_control(value.as_bytes()) {
+        let value = value.as_bytes();
+        if has_control(value) {
             return Err(Ambiguity::ControlByte);
+        }
+        // RFC 9113 section 8.2.1. Forwarded over HTTP/1.1 it would change its meaning.
+        if value.first().is_some_and(|b| is_space(*b)) || value.last().is_some_and(|b| is_space(*b)) {
+            return Err(Ambiguity::FieldPadded);
         }
     }
     Ok(())

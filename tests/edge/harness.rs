@@ -19,7 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tollgate::proxy::client_address::{TrustedProxies, forwarded_fields};
 use tollgate::proxy::edge::{
-    Edge, EdgeObserver, EdgeRefusal, EdgeSettings, check_http2, end_body_once, filter_upgrade, guard_refusal,
+    Edge, EdgeObserver, EdgeRefusal, EdgeSettings, end_body_once, filter_upgrade, guard_refusal,
     remove_claims,
 };
 use tollgate::proxy::guard::ConnectionInfo;
@@ -28,7 +28,6 @@ use tollgate::proxy::tls::EdgeTls;
 
 /// What a real `ProxyHttp` behind an edge has to do, and nothing else.
 pub struct Forwarder {
-    settings: EdgeSettings,
     trusted: TrustedProxies,
     upstream: Arc<AtomicU16>,
     /// Upgraded connections are kept while this is 0.
@@ -40,7 +39,6 @@ impl Forwarder {
     pub fn new(settings: &EdgeSettings, upstream: u16) -> Self {
         Forwarder {
             trusted: TrustedProxies::new(settings.trusted_proxies.clone()),
-            settings: settings.clone(),
             upstream: Arc::new(AtomicU16::new(upstream)),
             revoked: Arc::new(AtomicUsize::new(0)),
         }
@@ -67,12 +65,6 @@ impl ProxyHttp for Forwarder {
     fn new_ctx(&self) {}
 
     async fn request_filter(&self, session: &mut Session, _: &mut ()) -> pingora::Result<bool> {
-        if session.is_http2()
-            && let Err(refusal) = check_http2(session.req_header(), self.settings.head_limits())
-        {
-            answer(session, &refusal).await;
-            return Ok(true);
-        }
         let peer = session
             .client_addr()
             .and_then(|addr| addr.as_inet())

@@ -1052,6 +1052,8 @@ fn http2_table() -> Vec<(String, Fields, Option<&'static [u8]>, Expected)> {
     refuse(400, "disguised encoding", &[("transfer_encoding", "chunked")]);
     refuse(417, "other expectation", &[("expect", "magic")]);
     let mut reset = |name: &str, fields: Fields| table.push((name.to_owned(), fields, None, Expected::Reset));
+    reset("space before a value", request(&[("x", " y")]));
+    reset("tab after a value", request(&[("x", "y\t")]));
     reset("upper-case name", request(&[("X-Y", "z")]));
     reset("Transfer-Encoding", request(&[("transfer-encoding", "chunked")]));
     reset("Connection", request(&[("connection", "close")]));
