@@ -53,7 +53,7 @@ struct Tally {
 
 #[test]
 fn arrivals_of_every_pattern_keep_every_promise() {
-    let (wanted, mut rng, mut tally) = (decisions(40_000_000), Rng(seed()), Tally::default());
+    let (wanted, mut rng, mut tally) = (decisions(20_000_000), Rng(seed()), Tally::default());
     let started = std::time::Instant::now();
     while tally.decisions < wanted {
         let pattern = Pattern::ALL[tally.histories as usize % Pattern::ALL.len()];
