@@ -547,8 +547,8 @@ impl EdgeObserver for EdgeLog {
     }
 }
 
-fn render_refusal(refusal: &EdgeRefusal, request_id: &str) -> Vec<u8> {
-    proxy::Answer::from(refusal).to_http1(request_id)
+fn render_refusal(refusal: &EdgeRefusal, request_id: &str) -> String {
+    proxy::Answer::from(refusal).body(request_id, false).0
 }
 
 /// Follows corrections of the wall clock, and gives idle windows back.
@@ -612,7 +612,12 @@ impl Reloader {
             }
             Err(error) => {
                 log::error!("the configuration was not reloaded, the old one stays in force: {error}");
-                Err(json!({"code": "INVALID_CONFIGURATION", "message": error.to_string()}))
+                let code = if error.is_invalid_configuration() {
+                    "INVALID_CONFIGURATION"
+                } else {
+                    "NOT_RELOADED"
+                };
+                Err(json!({"code": code, "message": error.to_string()}))
             }
         }
     }

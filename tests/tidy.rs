@@ -24,10 +24,11 @@ fn imports_go_one_way() {
         let room = first.strip_suffix(".rs").unwrap_or(first);
         let Some(own) = floor(room) else { continue };
         for (number, line) in fs::read_to_string(&file).unwrap().lines().enumerate() {
-            for imported in rooms_named(line) {
+            // What a comment points to is no import.
+            let code = line.split("//").next().unwrap_or_default();
+            for imported in rooms_named(code) {
                 let Some(other) = floor(imported) else { continue };
                 checked += 1;
-                // `app` starts what `cli` asks for; `cli` reads configurations to check them.
                 let fine = imported == room || other > own;
                 assert!(
                     fine,

@@ -81,6 +81,24 @@ pub fn registry(gate: Option<&GateRole>, clock: &Clock) -> Metrics {
         "Snapshots and lines of the feed that were refused.",
         move || one(feed.status().refused as f64),
     );
+    let feed = role.feed.clone();
+    metrics.counter(
+        "feed_unusable_keys",
+        "Keys that could not be taken over, and were left out.",
+        move || one(feed.status().unusable_keys as f64),
+    );
+    let feed = role.feed.clone();
+    metrics.gauge(
+        "feed_source_is_behind",
+        "1 while the source has an older revision than the gate.",
+        move || one(f64::from(u8::from(feed.status().source_is_behind))),
+    );
+    let feed = role.feed.clone();
+    metrics.gauge(
+        "spool_failing",
+        "1 while the copy of the keys on disk cannot be written.",
+        move || one(f64::from(u8::from(feed.status().spool_error.is_some()))),
+    );
     if let Some((log, _)) = &role.access_log {
         let read = log.clone();
         metrics.counter("access_log_lines", "Lines written to the access log.", move || {

@@ -153,7 +153,6 @@ pub fn proxy(config: &Config, bound: Bound) -> Result<proxy::Settings, AppError>
             legacy_rate_limit: gate.rate_limit_headers.legacy,
         },
         upstreams: config.upstreams.iter().map(upstream).collect::<Result<_, AppError>>()?,
-        head_limits: edge_settings(gate, &gate.listen[0]).head_limits(),
         trusted_proxies: networks(gate),
     })
 }
@@ -330,6 +329,8 @@ pub fn control(config: &Config) -> Option<control::Settings> {
         default_plan: own.default_plan.clone(),
         default_grace_ms: config.keys.rotation.default_grace.as_millis() as i64,
         max_grace_ms: config.keys.rotation.max_grace.as_millis() as i64,
+        registrations_per_hour: own.registrations_per_hour,
+        login_attempts: own.login_attempts,
         ..control::Settings::default()
     };
     let networks = own.trusted_proxies.iter();

@@ -53,8 +53,6 @@ pub struct Settings {
     pub response: ResponseSettings,
     /// Where permitted requests go.
     pub upstreams: Vec<UpstreamSettings>,
-    /// What the edge holds HTTP/1 heads to; the same holds for HTTP/2.
-    pub head_limits: strict::HeadLimits,
     /// Whose forwarding headers are believed.
     pub trusted_proxies: Vec<client_address::IpNet>,
 }
@@ -81,7 +79,6 @@ struct Compiled {
     names: OurHeaders,
     response: ResponseSettings,
     upstreams: Upstreams,
-    head_limits: strict::HeadLimits,
     trusted_proxies: TrustedProxies,
 }
 
@@ -231,7 +228,6 @@ impl Compiled {
             },
             response: settings.response.clone(),
             upstreams: Upstreams::new(&settings.upstreams),
-            head_limits: settings.head_limits,
             trusted_proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
         })
     }
@@ -296,12 +292,6 @@ impl ProxyHttp for Proxy {
         let compiled = self.0.compiled.load_full();
         if let Some(peer) = peer_of(session) {
             context.client = client_address(peer, &session.req_header().headers, &compiled.trusted_proxies).client;
-        }
-        if session.is_http2()
-            && let Err(refusal) = edge::check_http2(session.req_header(), compiled.head_limits)
-        {
-            self.answer(session, context, &Answer::from(&refusal)).await?;
-            return Ok(true);
         }
         let method = &session.req_header().method;
         if method == Method::TRACE || method == Method::CONNECT {

@@ -203,19 +203,6 @@ impl Answer {
         )
     }
 
-    /// The whole response as HTTP/1.1, with a closed connection: for requests that were refused before they were parsed.
-    pub fn to_http1(&self, request_id: &str) -> Vec<u8> {
-        let (body, content_type) = self.body(request_id, false);
-        let reason = self.status.canonical_reason().unwrap_or("Refused");
-        format!(
-            "HTTP/1.1 {} {reason}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\nCache-Control: no-store\r\n\
-             X-Request-Id: {request_id}\r\nConnection: close\r\n\r\n{body}",
-            self.status.as_u16(),
-            body.len()
-        )
-        .into_bytes()
-    }
-
     /// The head of the response, `RateLimit` fields aside.
     ///
     /// # Errors
