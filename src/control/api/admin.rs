@@ -9,10 +9,8 @@ use super::caller::Operator;
 use super::catalogue::{PlanList, plan_list};
 use super::error::ApiError;
 use super::fields::{Body, QueryFields};
-use super::keys::{
-    AppliedView, ChangedKey, KeyList, KeyListQuery, KeyView, UpdateKeyRequest, WaitQuery, page, read_patch, read_wait,
-    reply_changed, wait_for,
-};
+use super::key_view::{AppliedView, ChangedKey, KeyList, KeyView};
+use super::keys::{KeyListQuery, UpdateKeyRequest, WaitQuery, page, read_patch, read_wait, reply_changed, wait_for};
 use super::organization::OrganizationView;
 use super::tokens::Deleted;
 use super::value::{Date, cursor, read_cursor};

@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 
 use super::caller::Tenant;
 use super::error::ApiError;
 use super::fields::{Body, Fields, OptionalBody, QueryFields};
+use super::key_view::{AppliedView, ChangedKey, IssuedKey, KeyList, KeyView};
 use super::value::{Date, cursor, read_cursor};
 use super::{App, Envelope, Reply};
-use crate::control::model::{ApiKey, Applied, Fault, KeySecret, KeyStatus};
+use crate::control::model::{ApiKey, Fault, KeyStatus};
 use crate::control::service::keys::{Issued, KeyDraft, KeyPatch, RotateDraft};
 use crate::control::store::{KeyQuery, KeySort, SortValue};
 
@@ -66,118 +67,6 @@ pub struct RotateKeyRequest {
     /// From 0 (the old secret dies at once) to 30 days; absent: 24 hours.
     #[schema(minimum = 0, maximum = 2_592_000, example = 86_400)]
     grace_period_seconds: Option<i64>,
-}
-
-/// A key. Its secrets are not here: they are known as digests only.
-#[derive(Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct KeyView {
-    #[schema(example = "key_4fzq0XbW2Tn8rLs7KcY")]
-    id: String,
-    organization_id: String,
-    name: String,
-    environment: String,
-    scopes: Vec<String>,
-    status: Status,
-    /// What its newest secret begins and ends with.
-    #[schema(example = "pxk_live_…x7Qz")]
-    masked: String,
-    created_at: Date,
-    expires_at: Option<Date>,
-    last_used_at: Option<Date>,
-    disabled: bool,
-    revoked_at: Option<Date>,
-    /// Newest first.
-    secrets: Vec<SecretView>,
-    /// The feed revision of its newest change.
-    revision: u64,
-}
-
-/// One secret of a key.
-#[derive(Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct SecretView {
-    /// The first 16 hex digits of its digest.
-    id: String,
-    masked: String,
-    state: SecretState,
-    created_at: Date,
-    /// Refused from then on.
-    not_after: Option<Date>,
-    last_used_at: Option<Date>,
-}
-
-/// How a key stands; of several that fit, the gravest.
-#[derive(Clone, Copy, Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub enum Status {
-    Active,
-    /// An old secret is in its grace period.
-    Rotating,
-    /// Expires within seven days.
-    Expiring,
-    Expired,
-    Disabled,
-    Revoked,
-}
-
-/// How a secret stands.
-#[derive(Clone, Copy, Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub enum SecretState {
-    Current,
-    /// An old one that still works.
-    Grace,
-    Dead,
-}
-
-/// A change and, with `wait=all`, who has applied it.
-#[derive(Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ChangedKey {
-    #[serde(flatten)]
-    key: KeyView,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    applied: Option<AppliedView>,
-}
-
-/// A key with its new secret, which is shown this once.
-#[derive(Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct IssuedKey {
-    #[serde(flatten)]
-    key: KeyView,
-    /// The secret. Null in a replay: it is not stored, so it cannot be shown again.
-    api_key: Option<String>,
-    /// True where this `Idempotency-Key` was seen before: nothing was done again.
-    replayed: bool,
-    /// After a rotation: when the old secret dies.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    grace_ends_at: Option<Date>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    applied: Option<AppliedView>,
-}
-
-/// Which gates have applied a change.
-#[derive(Serialize, ToSchema)]
-pub struct AppliedView {
-    gates: Vec<String>,
-    /// Gates that are connected, or were heard in the last 15 seconds, and have not applied it in the time waited.
-    pending: Vec<String>,
-    /// Gates that were there in the last 24 hours, are not now, and may still serve from their spool.
-    silent: Vec<String>,
-}
-
-/// A page of keys.
-#[derive(Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct KeyList {
-    items: Vec<KeyView>,
-    /// For the next page; null on the last one.
-    next_cursor: Option<String>,
 }
 
 #[derive(IntoParams)]
@@ -516,67 +405,6 @@ fn read_idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
             "must be one value of 1 to 255 visible ASCII characters",
         )
         .into()),
-    }
-}
-
-impl KeyView {
-    pub fn of(key: ApiKey, now_ms: i64) -> Self {
-        let status = match key.status(now_ms) {
-            KeyStatus::Active => Status::Active,
-            KeyStatus::Rotating => Status::Rotating,
-            KeyStatus::Expiring => Status::Expiring,
-            KeyStatus::Expired => Status::Expired,
-            KeyStatus::Disabled => Status::Disabled,
-            KeyStatus::Revoked => Status::Revoked,
-        };
-        let secrets: Vec<_> = key
-            .secrets
-            .iter()
-            .map(|s| SecretView::of(s, &key.prefix, now_ms))
-            .collect();
-        KeyView {
-            masked: secrets.first().map(|s| s.masked.clone()).unwrap_or_default(),
-            status,
-            secrets,
-            id: key.id,
-            organization_id: key.organization_id,
-            name: key.name,
-            environment: key.environment,
-            scopes: key.scopes,
-            created_at: Date(key.created_at_ms),
-            expires_at: key.expires_at_ms.map(Date),
-            last_used_at: key.last_used_at_ms.map(Date),
-            disabled: key.disabled,
-            revoked_at: key.revoked_at_ms.map(Date),
-            revision: key.revision,
-        }
-    }
-}
-
-impl SecretView {
-    fn of(secret: &KeySecret, prefix: &str, now_ms: i64) -> Self {
-        SecretView {
-            id: secret.id(),
-            masked: format!("{prefix}…{}", secret.last_four),
-            state: match secret.not_after_ms {
-                None => SecretState::Current,
-                Some(_) if secret.in_grace(now_ms) => SecretState::Grace,
-                Some(_) => SecretState::Dead,
-            },
-            created_at: Date(secret.created_at_ms),
-            not_after: secret.not_after_ms.map(Date),
-            last_used_at: secret.last_used_at_ms.map(Date),
-        }
-    }
-}
-
-impl AppliedView {
-    fn of(applied: Applied) -> Self {
-        Self {
-            gates: applied.gates,
-            pending: applied.pending,
-            silent: applied.silent,
-        }
     }
 }
 

@@ -22,6 +22,7 @@ mod feed;
 pub mod fields;
 mod frame;
 mod health;
+mod key_view;
 mod keys;
 mod organization;
 

@@ -50,7 +50,12 @@ impl SqliteStore {
             .map_err(|e| Fault::Unavailable(format!("the schema cannot be updated: {e}")))?;
         let read_only = options.read_only(true);
         let readers = pool(READERS).connect_lazy_with(read_only.clone());
-        let snapshots = pool(SNAPSHOTS).connect_lazy_with(read_only);
+        // A million keys are read nearly twice as fast through a map of the file. It counts as the process's memory while
+        // it lasts, so these connections end soon after they were used.
+        let mapped = read_only.pragma("mmap_size", "1073741824");
+        let snapshots = pool(SNAPSHOTS)
+            .idle_timeout(Some(SNAPSHOT_IDLE))
+            .connect_lazy_with(mapped);
         Ok(Self {
             writer,
             readers,
@@ -170,9 +175,8 @@ fn options(url: &str) -> Result<(SqliteConnectOptions, Option<Scratch>), Fault> 
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
-        // 16 MiB of page cache and 1 GiB of mapped file: the feed's snapshot of a million keys is read through the map.
-        .pragma("cache_size", "-16384")
-        .pragma("mmap_size", "1073741824")
+        // 4 MiB of page cache for each connection; what lies beyond is in the system's cache.
+        .pragma("cache_size", "-4096")
         .pragma("trusted_schema", "OFF")
         .optimize_on_close(true, None)
         // sqlx logs statements at debug level; bound values are not among them, but nobody needs the noise.
@@ -292,6 +296,8 @@ const CANNOT_OPEN: u32 = 14;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Reads of the API at once; each is a thread, and they take microseconds.
 const READERS: u32 = 4;
+/// How long a connection for snapshots is kept for the next one.
+const SNAPSHOT_IDLE: Duration = Duration::from_secs(5);
 /// Snapshots for gates at once; further gates wait their turn.
 const SNAPSHOTS: u32 = 4;
 
