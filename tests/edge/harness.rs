@@ -19,8 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tollgate::proxy::client_address::{TrustedProxies, forwarded_fields};
 use tollgate::proxy::edge::{
-    Edge, EdgeObserver, EdgeRefusal, EdgeSettings, end_body_once, filter_upgrade, guard_refusal,
-    remove_claims,
+    Edge, EdgeObserver, EdgeRefusal, EdgeSettings, end_body_once, filter_upgrade, guard_refusal, remove_claims,
 };
 use tollgate::proxy::guard::ConnectionInfo;
 use tollgate::proxy::slots::Capped;
