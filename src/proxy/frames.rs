@@ -34,6 +34,10 @@ pub struct FrameWatch {
     connection_window: i64,
     /// The highest stream that the client has opened.
     highest: u32,
+    /// The streams that it opened last: a frame on one of them that has ended is another error than one on a stream
+    /// that was passed over.
+    opened: [u32; REMEMBERED],
+    opened_next: usize,
     /// Streams whose request has not ended.
     uploads: Vec<Upload>,
     resets: Rate,
@@ -96,6 +100,8 @@ impl FrameWatch {
             incomplete_for: Duration::ZERO,
             connection_window: DEFAULT_WINDOW,
             highest: 0,
+            opened: [0; REMEMBERED],
+            opened_next: 0,
             uploads: Vec::new(),
             resets: Rate::new(limits.resets_per_minute, Duration::from_secs(60)),
             control_frames: Rate::new(limits.control_frames_per_second, Duration::from_secs(1)),
@@ -211,22 +217,22 @@ impl FrameWatch {
 
     fn received_frame(&mut self, frame: Frame) -> Result<(), GuardError> {
         let ends_stream = frame.flags & END_STREAM != 0;
-        let is_known = frame.stream <= self.highest;
+        let has_ended = frame.stream > 0
+            && !self.in_header_block
+            && self.opened.contains(&frame.stream)
+            && self.upload(frame.stream).is_none();
         match frame.kind {
+            DATA | HEADERS if has_ended => return Err(GuardError::FrameInvalid(STREAM_CLOSED)),
             DATA => {
                 self.connection_window -= frame.length as i64;
                 if frame.length == 0 && !ends_stream {
                     self.control_frames.count()?;
                 }
-                match self.upload(frame.stream) {
-                    Some(_) if ends_stream => self.forget(frame.stream),
-                    Some(upload) => {
-                        upload.window -= frame.length as i64;
-                        upload.pace.earn(frame.length);
-                    }
-                    None if is_known => return Err(GuardError::FrameInvalid(STREAM_CLOSED)),
-                    // An idle stream: the library knows what to say.
-                    None => {}
+                if ends_stream {
+                    self.forget(frame.stream);
+                } else if let Some(upload) = self.upload(frame.stream) {
+                    upload.window -= frame.length as i64;
+                    upload.pace.earn(frame.length);
                 }
             }
             HEADERS => {
@@ -236,10 +242,10 @@ impl FrameWatch {
                     if ends_stream {
                         self.forget(frame.stream);
                     }
-                } else if is_known && frame.stream % 2 == 1 {
-                    return Err(GuardError::FrameInvalid(STREAM_CLOSED));
                 } else {
                     self.highest = self.highest.max(frame.stream);
+                    self.opened[self.opened_next % REMEMBERED] = frame.stream;
+                    self.opened_next += 1;
                     if !ends_stream {
                         self.open(frame.stream)?;
                     }
@@ -404,6 +410,8 @@ const FRAME_SIZE_ERROR: u32 = 6;
 const MAX_WINDOW: u32 = 0x7fff_ffff;
 /// RFC 9113's initial connection window.
 const DEFAULT_WINDOW: i64 = 65_535;
+/// Streams whose end is remembered.
+const REMEMBERED: usize = 32;
 /// More open bodies than any stream limit that makes sense here.
 const MAX_UPLOADS: usize = 1024;
 

@@ -80,7 +80,7 @@ fn serve() {
 }
 
 /// The server in its own process.
-struct Served {
+pub struct Served {
     child: Child,
     address: SocketAddr,
 }
@@ -94,7 +94,7 @@ impl Drop for Served {
 
 impl Served {
     /// `limit` is for `ulimit -n`.
-    fn start(upstream: u16, limit: Option<u32>, settings: &[(&str, &str)]) -> Self {
+    pub fn start(upstream: u16, limit: Option<u32>, settings: &[(&str, &str)]) -> Self {
         let executable = std::env::current_exe().unwrap();
         let limit = limit.map_or(String::new(), |limit| format!("ulimit -n {limit}; "));
         let mut child = Command::new("sh")
@@ -120,6 +120,10 @@ impl Served {
         // Nobody reads further; the pipe stays open so that printing does not fail.
         std::mem::forget(lines);
         Served { child, address }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     async fn connect(&self) -> TcpStream {

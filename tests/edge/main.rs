@@ -6,5 +6,6 @@ mod harness;
 mod hostile;
 mod http1;
 mod http2;
+mod httpwg;
 mod slow;
 mod table;
