@@ -131,7 +131,7 @@ impl<const K: u64> SlidingWindow<K> {
     /// See [`Refused`]; nothing was taken then.
     #[inline]
     pub fn take(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
-        // By the limit's length rather than the window's own, which would have to be waited for; they are compared first.
+        // By the limit's length rather than the window's, which would have to be waited for; they are compared first.
         let grid = Grid::<K>::new(window_ms(limit));
         let now = ticks_at(now_ns);
         let head = self.0.head.load(Ordering::Acquire); // (1)
