@@ -9,6 +9,8 @@
 //! | [`proxy`], [`feed`], [`meter`], [`cluster`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
 //! | [`clock`], [`wire`] | time as a value; what gates and control plane say to each other |
+//!
+//! [`embedding`] is the manual's chapter for services that want the gate alone.
 #![forbid(unsafe_code)]
 
 pub mod app;
@@ -17,6 +19,8 @@ pub mod clock;
 pub mod cluster;
 pub mod config;
 pub mod control;
+#[doc = include_str!("manual/embedding.md")]
+pub mod embedding {}
 pub mod feed;
 pub mod gate;
 pub mod meter;

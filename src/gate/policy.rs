@@ -35,6 +35,23 @@ pub struct Settings {
     pub failed_attempts: FailedAttemptsSettings,
 }
 
+impl Default for Settings {
+    /// Checksums required, foreign keys refused, no rules, and nothing that only an operator can know: without an
+    /// environment no key is ours, and without a tier called `default` a gate does not start.
+    fn default() -> Self {
+        Settings {
+            environments: vec![],
+            checksum: Checksum::default(),
+            foreign: Foreign::default(),
+            tiers: vec![],
+            plans: vec![],
+            routes: vec![],
+            default_upstream: String::new(),
+            failed_attempts: FailedAttemptsSettings::default(),
+        }
+    }
+}
+
 /// One environment.
 #[derive(Clone, Debug)]
 pub struct EnvironmentSettings {

@@ -20,9 +20,11 @@ pub(super) type SlotId = u32;
 /// No slot.
 pub(super) const NONE: SlotId = u32::MAX;
 
-const CHUNK: usize = 4096;
-/// 4,096 × 16,384 = 67 million secrets. A bound, so that the table of chunks never has to move.
-const CHUNKS: usize = 16_384;
+/// 22 × 64 KiB of slots, whole units of the allocator's: with 4,096 slots a chunk a tenth of the memory was lost in its
+/// rounding.
+const CHUNK: usize = 16_384;
+/// 16,384 × 4,096 = 67 million secrets. A bound, so that the table of chunks never has to move.
+const CHUNKS: usize = 4096;
 
 /// All slots.
 #[derive(Debug)]
@@ -284,8 +286,9 @@ mod tests {
     #[test]
     fn marks_are_taken_once() {
         let slots = Slots::new();
-        assert!(slots.allocate(0) && slots.allocate(4096));
-        for id in [0, 63, 64, 4095, 4096, 5000] {
+        assert!(slots.allocate(0) && slots.allocate(CHUNK as SlotId));
+        let ids = [0, 63, 64, CHUNK - 1, CHUNK, CHUNK + 900].map(|id| id as SlotId);
+        for id in ids {
             slots.mark(id, Mark::Permits);
             slots.mark(id, Mark::Permits);
         }
@@ -295,7 +298,7 @@ mod tests {
             ids
         };
         assert_eq!(taken(Mark::Windows), [] as [SlotId; 0]);
-        assert_eq!(taken(Mark::Permits), [0, 63, 64, 4095, 4096, 5000]);
+        assert_eq!(taken(Mark::Permits), ids);
         assert_eq!(taken(Mark::Permits), [] as [SlotId; 0]);
     }
 }

@@ -27,8 +27,9 @@ impl Gate {
     /// # Errors
     /// [`KeyError`]; the key is then as it was before.
     pub fn apply(&self, update: KeyUpdate) -> Result<(), KeyError> {
-        let snapshot = self.snapshot.load_full().ok_or(KeyError::NoSnapshot)?;
         self.with_writer(|writer| {
+            // Loaded while no resync can replace it, so that no change goes into a map that is leaving.
+            let snapshot = self.snapshot.load_full().ok_or(KeyError::NoSnapshot)?;
             if update.revision <= snapshot.revision() {
                 return Ok(());
             }
@@ -42,8 +43,8 @@ impl Gate {
 
     /// Forgets a key: its secrets are unknown from now on.
     pub fn forget(&self, id: &str, revision: u64) -> Result<(), KeyError> {
-        let snapshot = self.snapshot.load_full().ok_or(KeyError::NoSnapshot)?;
         self.with_writer(|writer| {
+            let snapshot = self.snapshot.load_full().ok_or(KeyError::NoSnapshot)?;
             if revision > snapshot.revision() {
                 if let Some(owner) = writer.find(&self.slots, id) {
                     let _reclaiming = self.reclaiming();
@@ -51,8 +52,9 @@ impl Gate {
                 }
                 snapshot.set_revision(revision);
             }
+            Ok(())
         })
-        .ok_or(KeyError::Busy)
+        .unwrap_or(Err(KeyError::Busy))
     }
 
     /// Starts a full snapshot, built aside. Dropped without [`Resync::commit`], nothing has happened.

@@ -6,42 +6,46 @@
 pub mod access_log;
 pub mod client_address;
 pub mod edge;
+pub mod embed;
 pub mod frames;
 pub mod guard;
 mod metrics;
 mod request_id;
 pub mod response;
 pub mod slots;
+mod steps;
 pub mod strict;
 pub mod tls;
 pub mod upstream;
 mod wire;
 
+pub use embed::GateProxy;
 pub use metrics::{BUCKETS_US, ProxyMetrics};
 pub use response::{Answer, ResponseSettings};
+pub use steps::refuse;
 pub use upstream::{Timeouts, UpstreamSettings};
 
 use crate::clock::{Clock, Now};
-use crate::gate::{Access, Gate, Permit, Refusal, RequestHead};
+use crate::gate::{Access, Gate, Permit, Refusal};
 use access_log::{AccessLog, Entry};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::Bytes;
 use client_address::{TrustedProxies, client_address, forwarded_fields};
 use guard::ConnectionInfo;
-use http::header::{AUTHORIZATION, HOST};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use http::{HeaderName, HeaderValue, Method, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::proxy::{FailToProxy, ProxyHttp, Session};
 use pingora::upstreams::peer::HttpPeer;
-use pingora::{Error, ErrorSource, ErrorType, OrErr};
+use pingora::{Error, ErrorSource, ErrorType};
 use request_id::RequestIds;
 use response::X_REQUEST_ID;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use steps::{OurHeaders, host_of};
 use upstream::Upstreams;
 
 /// The proxy's settings. Another set can be put in force at any time ([`Proxy::reload`]).
@@ -75,21 +79,10 @@ struct Inner {
 /// Settings, made ready for the request path.
 #[derive(Debug)]
 struct Compiled {
-    namespace: String,
     names: OurHeaders,
     response: ResponseSettings,
     upstreams: Upstreams,
     trusted_proxies: TrustedProxies,
-}
-
-/// The names of the headers that tell an upstream whose request it is.
-#[derive(Debug)]
-struct OurHeaders {
-    key_id: HeaderName,
-    organization: HeaderName,
-    environment: HeaderName,
-    scopes: HeaderName,
-    tier: HeaderName,
 }
 
 /// A header prefix that cannot start a header's name.
@@ -165,29 +158,15 @@ impl Proxy {
     async fn answer(&self, session: &mut Session, context: &mut Context, answer: &Answer) -> pingora::Result<()> {
         context.decision = answer.code;
         let compiled = self.0.compiled.load_full();
-        let request = session.req_header();
-        let problem = response::prefers_problem(&request.headers);
-        let head_only = request.method == Method::HEAD;
         if answer.status != http::StatusCode::BAD_REQUEST || context.refusal.is_some() {
-            // Otherwise Pingora announces the end of a connection whose request still has a body to come.
-            session.set_close_on_response_before_downstream_finish(false);
-            session.set_total_drain_timeout(Some(DRAIN_DEADLINE));
+            steps::read_on(session);
         }
-        let request = session.req_header();
         let request_id = context
             .request_id
-            .get_or_insert_with(|| self.0.ids.of(&request.headers))
+            .get_or_insert_with(|| self.0.ids.of(&session.req_header().headers))
             .clone();
-        let (body, content_type) = answer.body(request_id.to_str().unwrap_or_default(), problem);
-        let mut head = answer.head(&compiled.response, content_type, body.len(), &request_id)?;
-        if let Some(rate) = context.refusal.as_ref().and_then(|refusal| refusal.rate.as_ref()) {
-            response::add_rate_limit(&mut head, &compiled.response, rate)?;
-        }
-        session.write_response_header(Box::new(head), head_only).await?;
-        if !head_only {
-            session.write_response_body(Some(Bytes::from(body)), true).await?;
-        }
-        Ok(())
+        let rate = context.refusal.as_ref().and_then(|refusal| refusal.rate.as_ref());
+        steps::answer(session, answer, rate, &compiled.response, &request_id).await
     }
 
     /// An upgraded connection has no further requests to refuse, so it is watched for as long as it lasts.
@@ -197,35 +176,12 @@ impl Proxy {
             connection.keep_while(move || proxy.0.gate.still_permits(&ticket, proxy.0.clock.now()));
         }
     }
-
-    fn check(&self, session: &Session, context: &mut Context) -> Result<Permit, Refusal> {
-        let request = session.req_header();
-        let head = RequestHead {
-            method: &request.method,
-            host: host_of(request),
-            path: request.uri.path(),
-            headers: &request.headers,
-            client: context.client,
-        };
-        self.0.gate.check(&head, context.now)
-    }
 }
 
 impl Compiled {
     fn new(settings: &Settings) -> Result<Self, BadHeaderPrefix> {
-        let name = |suffix: &str| {
-            HeaderName::try_from(format!("{}{suffix}", settings.header_prefix))
-                .map_err(|_| BadHeaderPrefix(settings.header_prefix.clone()))
-        };
         Ok(Compiled {
-            namespace: settings.header_prefix.to_ascii_lowercase(),
-            names: OurHeaders {
-                key_id: name("key-id")?,
-                organization: name("organization-id")?,
-                environment: name("environment")?,
-                scopes: name("scopes")?,
-                tier: name("tier")?,
-            },
+            names: OurHeaders::new(&settings.header_prefix)?,
             response: settings.response.clone(),
             upstreams: Upstreams::new(&settings.upstreams),
             trusted_proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
@@ -298,7 +254,7 @@ impl ProxyHttp for Proxy {
             self.answer(session, context, &Answer::method_not_allowed()).await?;
             return Ok(true);
         }
-        match self.check(session, context) {
+        match steps::check(&self.0.gate, session, context.client, context.now) {
             Ok(permit) => {
                 if edge::filter_upgrade(session.req_header_mut(), permit.route().upgrade) {
                     self.end_with_its_key(session, &permit);
@@ -307,9 +263,13 @@ impl ProxyHttp for Proxy {
                 Ok(false)
             }
             Err(refusal) => {
-                let answer = Answer::of(&refusal);
-                context.refusal = Some(refusal);
-                self.answer(session, context, &answer).await?;
+                context.decision = refusal.reason.code();
+                let request_id = context
+                    .request_id
+                    .insert(self.0.ids.of(&session.req_header().headers))
+                    .clone();
+                let refusal = context.refusal.insert(refusal);
+                steps::refuse_as(session, refusal, &compiled.response, &request_id).await?;
                 Ok(true)
             }
         }
@@ -338,7 +298,7 @@ impl ProxyHttp for Proxy {
             .as_ref()
             .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
         let compiled = self.0.compiled.load();
-        strip(upstream_request, &compiled.namespace, permit, &self.0.gate);
+        compiled.names.strip(upstream_request, permit, &self.0.gate);
         edge::remove_claims(upstream_request);
         if let Some(peer) = peer_of(session) {
             let is_tls = ConnectionInfo::of(session.digest()).is_some_and(|connection| connection.is_tls);
@@ -350,18 +310,7 @@ impl ProxyHttp for Proxy {
         if upstream_request.version != Version::HTTP_11 && session.req_header().version == Version::HTTP_10 {
             upstream_request.set_version(Version::HTTP_11);
         }
-        let names = &compiled.names;
-        if let Some(holder) = permit.holder() {
-            let key_id = HeaderValue::from_str(holder.key_id())
-                .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
-            upstream_request.insert_header(&names.key_id, key_id)?;
-            upstream_request.insert_header(&names.organization, &holder.headers().organization)?;
-            upstream_request.insert_header(&names.environment, &holder.headers().environment)?;
-            upstream_request.insert_header(&names.scopes, &holder.headers().scopes)?;
-        }
-        if let Access::Keyed { tier, .. } = &permit.route().access {
-            upstream_request.insert_header(&names.tier, &tier.header)?;
-        }
+        compiled.names.tell(upstream_request, permit)?;
         let request_id = context
             .request_id
             .get_or_insert_with(|| self.0.ids.of(&session.req_header().headers));
@@ -486,63 +435,6 @@ fn peer_of(session: &Session) -> Option<IpAddr> {
     let named = ConnectionInfo::of(session.digest()).and_then(|connection| connection.client);
     let peer = || session.client_addr().and_then(|address| address.as_inet()).copied();
     named.or_else(peer).map(|address| address.ip())
-}
-
-/// The host that a request asks for: the authority of an HTTP/2 request or an absolute target, else `Host`.
-fn host_of(request: &RequestHeader) -> &str {
-    match request.uri.authority() {
-        Some(authority) => authority.as_str(),
-        None => request
-            .headers
-            .get(HOST)
-            .and_then(|host| host.to_str().ok())
-            .unwrap_or_default(),
-    }
-}
-
-/// Takes off what must not travel: the credential, everything in our namespace in any spelling, method overrides.
-fn strip(request: &mut RequestHeader, namespace: &str, permit: &Permit, gate: &Gate) {
-    let authorization_is_ours = permit.credential_in_authorization() || carries_our_key(&request.headers, gate);
-    let doomed: Vec<HeaderName> = request
-        .headers
-        .keys()
-        .filter(|name| is_ours(name.as_str(), namespace) || (authorization_is_ours && **name == AUTHORIZATION))
-        .cloned()
-        .collect();
-    for name in doomed {
-        request.remove_header(&name);
-    }
-}
-
-/// Whether a name is one that only we may set, or that could be read as one: servers that hand headers on as
-/// variables (CGI, WSGI, Rack) make no difference between `-` and `_`.
-fn is_ours(name: &str, namespace: &str) -> bool {
-    const NAMES: [&str; 6] = [
-        "x-api-key",
-        "x-http-method-override",
-        "x-http-method",
-        "x-method-override",
-        // Set afresh.
-        "x-request-id",
-        "x-original-url",
-    ];
-    let same = |ours: &str, theirs: &[u8]| {
-        ours.len() == theirs.len()
-            && ours
-                .bytes()
-                .zip(theirs)
-                .all(|(a, b)| a == *b || (a == b'-' && *b == b'_'))
-    };
-    let starts_with = |prefix: &str| name.len() > prefix.len() && same(prefix, &name.as_bytes()[..prefix.len()]);
-    starts_with(namespace) || starts_with("x-tollgate-") || NAMES.iter().any(|ours| same(ours, name.as_bytes()))
-}
-
-/// Whether a public rule's request carries one of our keys nevertheless: it must not travel either.
-fn carries_our_key(headers: &HeaderMap, gate: &Gate) -> bool {
-    headers
-        .get_all(AUTHORIZATION)
-        .iter()
-        .any(|value| gate.is_bearer_key(value.as_bytes()))
 }
 
 /// What the client is told when the exchange with the upstream failed; `None` where the client itself is gone.

@@ -1,0 +1,189 @@
+//! The gate's steps on a Pingora session, shared by [`Proxy`](super::Proxy) and [`GateProxy`](super::GateProxy): ask,
+//! refuse, and tell the upstream whose request it is.
+
+use super::request_id::RequestIds;
+use super::response::{self, Answer, ResponseSettings};
+use super::{BadHeaderPrefix, DRAIN_DEADLINE};
+use crate::clock::Now;
+use crate::gate::{Access, Gate, Permit, RateStatus, Refusal, RequestHead};
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, HOST};
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use pingora::http::RequestHeader;
+use pingora::proxy::Session;
+use pingora::{ErrorType, OrErr};
+use std::net::IpAddr;
+
+/// Our namespace, and the names in it that tell an upstream whose request it is.
+#[derive(Debug)]
+pub(super) struct OurHeaders {
+    namespace: String,
+    key_id: HeaderName,
+    organization: HeaderName,
+    environment: HeaderName,
+    scopes: HeaderName,
+    tier: HeaderName,
+}
+
+impl OurHeaders {
+    /// The names that begin with `prefix`.
+    pub fn new(prefix: &str) -> Result<Self, BadHeaderPrefix> {
+        let name = |suffix: &str| {
+            HeaderName::try_from(format!("{prefix}{suffix}")).map_err(|_| BadHeaderPrefix(prefix.to_owned()))
+        };
+        Ok(OurHeaders {
+            namespace: prefix.to_ascii_lowercase(),
+            key_id: name("key-id")?,
+            organization: name("organization-id")?,
+            environment: name("environment")?,
+            scopes: name("scopes")?,
+            tier: name("tier")?,
+        })
+    }
+
+    /// Takes the credential and everything of our namespace off the request.
+    pub fn strip(&self, request: &mut RequestHeader, permit: &Permit, gate: &Gate) {
+        strip(request, &self.namespace, permit, gate);
+    }
+
+    /// Says whose request it is.
+    pub fn tell(&self, request: &mut RequestHeader, permit: &Permit) -> pingora::Result<()> {
+        if let Some(holder) = permit.holder() {
+            let key_id = HeaderValue::from_str(holder.key_id())
+                .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
+            request.insert_header(&self.key_id, key_id)?;
+            request.insert_header(&self.organization, &holder.headers().organization)?;
+            request.insert_header(&self.environment, &holder.headers().environment)?;
+            request.insert_header(&self.scopes, &holder.headers().scopes)?;
+        }
+        if let Access::Keyed { tier, .. } = &permit.route().access {
+            request.insert_header(&self.tier, &tier.header)?;
+        }
+        Ok(())
+    }
+}
+
+/// Asks the gate about the request of a session.
+pub(super) fn check(gate: &Gate, session: &Session, client: IpAddr, now: Now) -> Result<Permit, Refusal> {
+    let request = session.req_header();
+    let head = RequestHead {
+        method: &request.method,
+        host: host_of(request),
+        path: request.uri.path(),
+        headers: &request.headers,
+        client,
+    };
+    gate.check(&head, now)
+}
+
+/// Answers a refused request; the connection stays usable. The request's id is the client's if it sent a
+/// well-formed one.
+///
+/// For services that call [`Gate::check`] themselves, in `request_filter`, which then returns `Ok(true)`.
+///
+/// # Errors
+/// Where the client cannot be written to.
+pub async fn refuse(session: &mut Session, refusal: &Refusal, settings: &ResponseSettings) -> pingora::Result<()> {
+    static IDS: std::sync::OnceLock<RequestIds> = std::sync::OnceLock::new();
+    let request_id = IDS.get_or_init(RequestIds::default).of(&session.req_header().headers);
+    refuse_as(session, refusal, settings, &request_id).await
+}
+
+/// [`refuse`] under an id that was chosen already.
+pub(super) async fn refuse_as(
+    session: &mut Session,
+    refusal: &Refusal,
+    settings: &ResponseSettings,
+    request_id: &HeaderValue,
+) -> pingora::Result<()> {
+    let rate = refusal.rate.as_ref();
+    read_on(session);
+    answer(session, &Answer::of(refusal), rate, settings, request_id).await
+}
+
+/// Keeps the connection for further requests. Otherwise Pingora announces its end when an answer comes before the
+/// request's body has.
+pub(super) fn read_on(session: &mut Session) {
+    session.set_close_on_response_before_downstream_finish(false);
+    session.set_total_drain_timeout(Some(DRAIN_DEADLINE));
+}
+
+/// Writes an answer of our own, whole.
+pub(super) async fn answer(
+    session: &mut Session,
+    answer: &Answer,
+    rate: Option<&RateStatus>,
+    settings: &ResponseSettings,
+    request_id: &HeaderValue,
+) -> pingora::Result<()> {
+    let request = session.req_header();
+    let problem = response::prefers_problem(&request.headers);
+    let head_only = request.method == Method::HEAD;
+    let (body, content_type) = answer.body(request_id.to_str().unwrap_or_default(), problem);
+    let mut head = answer.head(settings, content_type, body.len(), request_id)?;
+    if let Some(rate) = rate {
+        response::add_rate_limit(&mut head, settings, rate)?;
+    }
+    session.write_response_header(Box::new(head), head_only).await?;
+    if !head_only {
+        session.write_response_body(Some(Bytes::from(body)), true).await?;
+    }
+    Ok(())
+}
+
+/// The host that a request asks for: the authority of an HTTP/2 request or an absolute target, else `Host`.
+pub(super) fn host_of(request: &RequestHeader) -> &str {
+    match request.uri.authority() {
+        Some(authority) => authority.as_str(),
+        None => request
+            .headers
+            .get(HOST)
+            .and_then(|host| host.to_str().ok())
+            .unwrap_or_default(),
+    }
+}
+
+/// Takes off what must not travel: the credential, everything in our namespace in any spelling, method overrides.
+fn strip(request: &mut RequestHeader, namespace: &str, permit: &Permit, gate: &Gate) {
+    let authorization_is_ours = permit.credential_in_authorization() || carries_our_key(&request.headers, gate);
+    let doomed: Vec<HeaderName> = request
+        .headers
+        .keys()
+        .filter(|name| is_ours(name.as_str(), namespace) || (authorization_is_ours && **name == AUTHORIZATION))
+        .cloned()
+        .collect();
+    for name in doomed {
+        request.remove_header(&name);
+    }
+}
+
+/// Whether a name is one that only we may set, or that could be read as one: servers that hand headers on as
+/// variables (CGI, WSGI, Rack) make no difference between `-` and `_`.
+fn is_ours(name: &str, namespace: &str) -> bool {
+    const NAMES: [&str; 6] = [
+        "x-api-key",
+        "x-http-method-override",
+        "x-http-method",
+        "x-method-override",
+        // Set afresh.
+        "x-request-id",
+        "x-original-url",
+    ];
+    let same = |ours: &str, theirs: &[u8]| {
+        ours.len() == theirs.len()
+            && ours
+                .bytes()
+                .zip(theirs)
+                .all(|(a, b)| a == *b || (a == b'-' && *b == b'_'))
+    };
+    let starts_with = |prefix: &str| name.len() > prefix.len() && same(prefix, &name.as_bytes()[..prefix.len()]);
+    starts_with(namespace) || starts_with("x-tollgate-") || NAMES.iter().any(|ours| same(ours, name.as_bytes()))
+}
+
+/// Whether a public rule's request carries one of our keys nevertheless: it must not travel either.
+fn carries_our_key(headers: &HeaderMap, gate: &Gate) -> bool {
+    headers
+        .get_all(AUTHORIZATION)
+        .iter()
+        .any(|value| gate.is_bearer_key(value.as_bytes()))
+}
