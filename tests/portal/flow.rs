@@ -105,7 +105,7 @@ async fn a_key_from_registration_to_its_end() {
     assert_eq!(program.request(&first).await.0, 200);
     assert_eq!(program.request(&second).await.0, 200);
     browser.click("main a.primary").await;
-    browser.says("dies in 23 hours").await;
+    browser.says("dies in 24 hours").await;
 
     // End the grace: the old one is refused.
     browser.click("form[action$='/end-grace'] button").await;

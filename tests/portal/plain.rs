@@ -78,7 +78,7 @@ async fn everything_works_by_forms_alone() {
     let page = visitor.get(&target).await.expect(200);
     page.says("billing 2");
     page.says("storage:read");
-    page.says("in 29 days");
+    page.says("in 30 days");
     visitor
         .post(&format!("{path}/edit"), &[("name", "")])
         .await
@@ -102,7 +102,7 @@ async fn everything_works_by_forms_alone() {
         .says("Already created");
     let page = visitor.get(&path).await.expect(200);
     page.says("dies <time");
-    page.says("in 119 minutes</time>");
+    page.says("in 2 hours</time>");
     assert_eq!(program.request(&second).await.0, 200);
     let token = visitor.form_token(&format!("{path}/rotate")).await;
     let long = [

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::Shared;
 use super::input::{Asked, Input, link};
 use super::page::{Problem, Shell, page};
-use super::parts::{Choice, Markup, date_text, when};
+use super::parts::{Choice, Markup, date_text, duration, when};
 use super::person::Person;
 use crate::control::model::AuditLine;
 use crate::control::store::AuditQuery;
@@ -139,7 +139,10 @@ fn describe(detail: &Value) -> String {
         return String::new();
     };
     let part = |(name, value): (&String, &Value)| {
-        let label = name.strip_suffix("AtMs").unwrap_or(name);
+        let label = name
+            .strip_suffix("AtMs")
+            .or(name.strip_suffix("Seconds"))
+            .unwrap_or(name);
         match (value.get("from"), value.get("to")) {
             (Some(from), Some(to)) => format!("{label}: {} → {}", plain(name, from), plain(name, to)),
             _ => format!("{label}: {}", plain(name, value)),
@@ -154,6 +157,7 @@ fn plain(name: &str, value: &Value) -> String {
         Value::String(text) => text.clone(),
         Value::Bool(yes) => (if *yes { "yes" } else { "no" }).to_owned(),
         Value::Number(number) if name.ends_with("AtMs") => number.as_i64().map(date_text).unwrap_or_default(),
+        Value::Number(number) if name.ends_with("Seconds") => number.as_i64().map(duration).unwrap_or_default(),
         Value::Array(items) if items.is_empty() => "none".to_owned(),
         Value::Array(items) => items.iter().map(|item| plain("", item)).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
@@ -194,6 +198,7 @@ mod tests {
         let detail = json!({"expiresAtMs": {"from": null, "to": 1_795_514_400_000_i64}});
         assert_eq!(describe(&detail), "expires: never → 24 Nov 2026, 10:00 UTC");
         assert_eq!(describe(&json!({"scopes": ["a:b", "c:d"]})), "scopes: a:b, c:d");
+        assert_eq!(describe(&json!({"graceSeconds": 86_400})), "grace: 24 hours");
         assert_eq!(describe(&json!([])), "");
     }
 }

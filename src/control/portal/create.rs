@@ -176,7 +176,12 @@ fn new_form(portal: &Shared, person: &Person, input: &Input) -> Result<KeyForm, 
         environments: environments(settings, &environment),
         groups: scope_groups(settings, &ticked(settings, input)),
         expiries: expiries(input.text("expiry").unwrap_or("never"), None),
-        expires_on: input.shown("expires_on"),
+        // A browser complains of what is no day.
+        expires_on: input
+            .text("expires_on")
+            .filter(|day| end_of_day(day).is_some())
+            .unwrap_or_default()
+            .to_owned(),
         first_day: day_text(now_ms + DAY_MS),
         form_token: form_token(now_ms)?,
         notice: None,
@@ -279,9 +284,7 @@ fn read_expiry(form: &Input, now_ms: i64, faults: &mut Vec<FieldFault>) -> Optio
         "keep" => None,
         "never" => Some(None),
         "date" => {
-            let day = form.text("expires_on").unwrap_or_default();
-            // The whole of the day that was chosen.
-            let end = time::parse(&format!("{day}T23:59:59.999Z"));
+            let end = form.text("expires_on").and_then(end_of_day);
             if end.is_none() {
                 faults.push(FieldFault::new("expiresAt", "must be a day such as 2027-01-31"));
             }
@@ -295,6 +298,11 @@ fn read_expiry(form: &Input, now_ms: i64, faults: &mut Vec<FieldFault>) -> Optio
             Some(known.map(|(days, _)| now_ms + days * DAY_MS))
         }
     }
+}
+
+/// The last instant of a day such as `2027-01-31`: the whole of a day that was chosen counts.
+fn end_of_day(day: &str) -> Option<i64> {
+    time::parse(&format!("{day}T23:59:59.999Z")).filter(|_| day.len() == 10)
 }
 
 /// What a form says that was open for too long.

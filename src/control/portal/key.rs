@@ -311,9 +311,10 @@ fn grace(key: &ApiKey, now_ms: i64) -> Option<Grace> {
         dies: when(end_ms, now_ms),
         dies_at: date(end_ms),
         last_used: when_or(longest.last_used_at_ms, now_ms, "never"),
-        still_used: old
-            .iter()
-            .any(|s| s.last_used_at_ms.is_some_and(|at| at >= newest.created_at_ms)),
+        still_used: old.iter().any(|s| {
+            s.last_used_at_ms
+                .is_some_and(|at| at / 1_000 >= newest.created_at_ms / 1_000)
+        }),
         more: old.len() - 1,
     })
 }

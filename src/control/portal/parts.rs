@@ -101,12 +101,18 @@ pub fn relative(at_ms: i64, now_ms: i64) -> String {
     if distance_s < 5 && at_ms <= now_ms {
         return "just now".to_owned();
     }
-    let length = duration(distance_s);
     if at_ms <= now_ms {
-        format!("{length} ago")
-    } else {
-        format!("in {length}")
+        return format!("{} ago", duration(distance_s));
     }
+    // What lies ahead is rounded to the nearest: a grace of an hour reads as an hour, also a moment after it began.
+    let half_a_unit_s = match distance_s {
+        ..60 => 0,
+        60..3_600 => 30,
+        3_600..172_800 => 1_800,
+        172_800..5_184_000 => 43_200,
+        _ => 1_296_000,
+    };
+    format!("in {}", duration(distance_s + half_a_unit_s))
 }
 
 /// A length of time in its largest unit: `3 minutes`, `23 hours`.
@@ -274,6 +280,8 @@ mod tests {
         assert_eq!(relative(1_000, 1_000), "just now");
         assert_eq!(relative(0, 60_000), "1 minute ago");
         assert_eq!(relative(24 * 3_600_000, 0), "in 24 hours");
+        assert_eq!(relative(7_199_000, 0), "in 2 hours");
+        assert_eq!(relative(0, 7_199_000), "1 hour ago");
         assert_eq!(relative(7 * 86_400_000, 0), "in 7 days");
         assert_eq!(relative(0, 400 * 86_400_000), "13 months ago");
         assert_eq!(date_text(1_795_514_400_000), "24 Nov 2026, 10:00 UTC");

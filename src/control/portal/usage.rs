@@ -114,12 +114,12 @@ pub async fn show(State(portal): State<Shared>, person: Person, Asked(query): As
         by,
         by_text,
         tiers: all(
-            "All tiers",
+            "All",
             &tier,
             app.settings.tiers.iter().map(|t| t.name.clone()).collect(),
         ),
         environments: all(
-            "All environments",
+            "All",
             &environment,
             app.settings.environments.iter().map(|e| e.name.clone()).collect(),
         ),

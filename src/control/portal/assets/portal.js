@@ -42,10 +42,11 @@
     const sum = data[1].map((passed, index) => passed + data[2][index]);
     const series = (label, name, value) => ({ label, value, fill: colour(name), stroke: colour(name), width: 0, paths: bars, points: { show: false } });
     const shown = (column) => (_, __, ___, index) => index === null ? "–" : number.format(data[column][index]);
+    const step = data[0][1] - data[0][0];
     const options = {
       width: element.clientWidth, height: 220, padding: [12, 8, 0, 0], tzDate: (s) => uPlot.tzDate(new Date(s * 1e3), "Etc/UTC"),
       cursor: { points: { show: false }, drag: { x: false, y: false } },
-      scales: { y: { range: (_, __, max) => [0, Math.max(5, max * 1.1)] } },
+      scales: { x: { range: (_, min, max) => [min - step / 2, max + step / 2] }, y: { range: (_, __, max) => [0, Math.max(5, max * 1.1)] } },
       axes: [{ ...axis, grid: { show: false }, values: timeValues }, { ...axis, size: 56, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8, 1e9], values: (_, ticks) => ticks.map((tick) => number.format(tick)) }],
       series: [
         { label: "UTC", value: (_, at) => at === null ? "–" : new Date(at * 1e3).toISOString().slice(0, 16).replace("T", " ") },
