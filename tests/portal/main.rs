@@ -3,7 +3,7 @@
 
 mod browser;
 mod flow;
-mod large;
 mod plain;
+mod plane;
 mod program;
 mod screens;

@@ -83,7 +83,7 @@ pub async fn register(
         secret: made.secret.expose(),
         notes: Vec::new(),
         line: Some(request_line(&app.settings, made.secret.expose())),
-        done: &format!("/keys/{}", made.key_id),
+        done: "/",
     });
     Ok(with_cookie(shown, set_cookie(signed_in.secret.expose(), &app.settings)))
 }

@@ -50,7 +50,7 @@ pub const DAY: usize = 1;
 
 impl Range {
     /// The first instant of its first bucket; its last bucket is the one that is under way.
-    pub fn from_ms(&self, now_ms: i64) -> i64 {
+    pub fn start_ms(&self, now_ms: i64) -> i64 {
         let step_ms = self.granularity.minutes() * 60_000;
         (now_ms.div_euclid(step_ms) + 1 - self.buckets) * step_ms
     }
@@ -155,7 +155,7 @@ impl Series {
 /// Reads the ledger by bucket.
 pub async fn series(portal: &Shared, organization: &str, range: &Range, filter: &Filter) -> Result<Series, Fault> {
     let now_ms = portal.app.now_ms();
-    let (from_ms, granularity) = (range.from_ms(now_ms), range.granularity);
+    let (from_ms, granularity) = (range.start_ms(now_ms), range.granularity);
     let draft = UsageDraft {
         from_ms: Some(from_ms),
         to_ms: Some(now_ms + 1),

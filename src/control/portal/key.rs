@@ -279,6 +279,7 @@ fn revoke_page(portal: &Shared, person: &Person, key: &ApiKey) -> RevokePage {
 
 fn secrets(key: &ApiKey, now_ms: i64) -> Vec<SecretRow> {
     let row = |(index, secret): (usize, &crate::control::model::KeySecret)| {
+        let ends = [secret.not_after_ms, key.expires_at_ms, key.revoked_at_ms];
         let is_dead = key.revoked_at_ms.is_some() || secret.not_after_ms.is_some_and(|end| end <= now_ms);
         let (state, class) = match index {
             _ if is_dead => ("Dead", "revoked"),
@@ -292,7 +293,7 @@ fn secrets(key: &ApiKey, now_ms: i64) -> Vec<SecretRow> {
             class,
             created: when(secret.created_at_ms, now_ms),
             last_used: when_or(secret.last_used_at_ms, now_ms, "never"),
-            dies: when_or(secret.not_after_ms.or(key.expires_at_ms), now_ms, "with the key"),
+            dies: when_or(ends.into_iter().flatten().min(), now_ms, "with the key"),
         }
     };
     key.secrets.iter().take(10).enumerate().map(row).collect()

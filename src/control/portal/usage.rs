@@ -69,7 +69,7 @@ pub async fn show(State(portal): State<Shared>, person: Person, Asked(query): As
     };
     let now_ms = app.now_ms();
     let chart = series(&portal, organization, range, &filter).await?;
-    let (found, is_cut) = totals(&portal, organization, range.from_ms(now_ms), group, &filter).await?;
+    let (found, is_cut) = totals(&portal, organization, range.start_ms(now_ms), group, &filter).await?;
     let shown = |text: &Option<String>| text.clone().unwrap_or_default();
     let (key, tier, environment) = (shown(&filter.key), shown(&filter.tier), shown(&filter.environment));
     let with = |range: &str, by: &str, key: &str| {
@@ -87,7 +87,7 @@ pub async fn show(State(portal): State<Shared>, person: Person, Asked(query): As
         "/api/v1/usage",
         &[
             ("format", "csv"),
-            ("from", &rfc3339(range.from_ms(now_ms))),
+            ("from", &rfc3339(range.start_ms(now_ms))),
             ("to", &rfc3339(now_ms)),
             ("granularity", granularity_word(range.granularity)),
             ("groupBy", "key,tier,environment"),

@@ -102,5 +102,9 @@
     select.addEventListener("change", show);
     show();
   }
+  // A form of choices alone goes off by itself.
+  for (const form of document.querySelectorAll("form[data-auto]")) {
+    if (!form.querySelector("input:not([type=hidden])")) form.querySelector("button").hidden = true;
+  }
   charts();
 })();

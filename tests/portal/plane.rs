@@ -1,4 +1,4 @@
-//! Ten thousand keys in one organisation; and what TLS changes about cookies.
+//! Against a control plane within the test: ten thousand keys, gates that lag, and what TLS changes about cookies.
 
 use std::time::{Duration, Instant};
 
@@ -101,6 +101,38 @@ async fn under_tls_cookies_are_bound_to_the_host() {
         line.starts_with("__Host-tollgate_operator=") && line.contains("; Secure"),
         "{line}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_says_which_gates_have_not_followed_yet() {
+    let base = serve(settings()).await;
+    let visitor = Visitor::new(&base);
+    visitor.register("Acme", "lag@example.com").await;
+    let (id, _) = visitor.create_key("k", "live", &[]).await;
+    let acknowledge = |revision: u64| {
+        let request = visitor
+            .client
+            .post(format!("{base}/feed/v1/acks"))
+            .header("authorization", "Bearer feed");
+        request
+            .json(&serde_json::json!({"gate": "gate-7", "revision": revision}))
+            .send()
+    };
+    let disable = format!("/keys/{id}/disable");
+    let target = visitor.post(&disable, &[]).await.redirected();
+    visitor.get(&target).await.expect(200).says("No gate is connected.");
+    assert_eq!(acknowledge(1).await.unwrap().status(), 200);
+    let target = visitor.post(&format!("/keys/{id}/enable"), &[]).await.redirected();
+    let page = visitor.get(&target).await.expect(200);
+    page.says("Confirmed by 0 of 1 gates. Waiting for gate-7.");
+    // The page asks again by itself, for this part only, until there is nothing left to wait for.
+    let part = page.between("hx-get=\"", "\"").replace("&#38;", "&");
+    visitor.get(&part).await.expect(200).says("hx-trigger=\"every 1s\"");
+    let revision = part.rsplit('=').next().unwrap().parse().unwrap();
+    assert_eq!(acknowledge(revision).await.unwrap().status(), 200);
+    let page = visitor.get(&part).await.expect(200);
+    page.says("Confirmed by 1 of 1 gate.");
+    assert!(!page.body.contains("hx-get"), "it would ask for ever");
 }
 
 async fn serve(settings: Settings) -> String {
