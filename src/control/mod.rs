@@ -6,6 +6,7 @@
 //! | `service` | the rules |
 //! | `store` | one trait per subject, and its implementations |
 //! | `api` | HTTP: one file per resource, one file that turns faults into answers |
+//! | `portal` | pages for people |
 //! | `serve` | connections, their number and their deadlines |
 //! | `feed_server`, `hub` | what gates follow, and who they are |
 //!
@@ -17,6 +18,7 @@ mod hub;
 mod model;
 mod password;
 mod plane;
+mod portal;
 mod secret;
 mod serve;
 mod service;

@@ -16,6 +16,8 @@ pub struct Settings {
     pub admin_token: String,
     /// How browsers reach the control plane. With `https://`, cookies are `Secure` and carry the `__Host-` prefix.
     pub public_url: Option<String>,
+    /// How clients reach the gates, such as `https://api.example.com`: the portal shows lines to paste with it.
+    pub gate_url: Option<String>,
     pub registration: Registration,
     pub environments: Vec<Environment>,
     pub scopes: Vec<Scope>,
@@ -47,6 +49,7 @@ impl Default for Settings {
             feed_token: String::new(),
             admin_token: String::new(),
             public_url: None,
+            gate_url: None,
             registration: Registration::Open,
             environments: Vec::new(),
             scopes: Vec::new(),

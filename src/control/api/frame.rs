@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use super::App;
 use super::error::{ApiError, ErrorBody, ErrorEnvelope, FieldError, Refusal};
 use crate::control::model::Origin;
+use crate::control::portal;
 use crate::control::secret;
 use crate::control::settings::{Network, Settings};
 
@@ -29,14 +30,16 @@ pub async fn frame(State(app): State<App>, mut request: Request, next: Next) -> 
     };
     request.extensions_mut().insert(origin);
     let method = request.method().clone();
+    let wants_page = portal::wants_page(request.uri().path(), request.headers());
     // A task of its own: a change that was begun is brought to its end, also if the client goes away in the middle,
     // and a panic ends in an answer.
     let mut response = match tokio::spawn(next.run(request)).await {
         Ok(response) => response,
         Err(_) => ApiError::Panicked.into_response(),
     };
-    if response.status().is_client_error() || response.status().is_server_error() {
-        write_refusal(&mut response, &request_id, &method);
+    let refused = response.status().is_client_error() || response.status().is_server_error();
+    if refused && response.extensions().get::<portal::Rendered>().is_none() {
+        write_refusal(&mut response, &request_id, &method, wants_page);
     }
     let headers = response.headers_mut();
     for (name, value) in HEADERS {
@@ -108,7 +111,7 @@ fn is_cross_site(method: &Method, headers: &HeaderMap, own_origin: Option<&str>)
 }
 
 /// Writes the body of a refusal, which needs the request's id. Also of those that axum makes itself.
-fn write_refusal(response: &mut Response, request_id: &str, method: &Method) {
+fn write_refusal(response: &mut Response, request_id: &str, method: &Method, wants_page: bool) {
     let status = response.status();
     let refusal = response.extensions_mut().remove::<Refusal>().unwrap_or_else(|| {
         let reason = status.canonical_reason().unwrap_or("Refused");
@@ -121,6 +124,10 @@ fn write_refusal(response: &mut Response, request_id: &str, method: &Method) {
         );
     } else if let Some(cause) = &refusal.cause {
         log::warn!("request {request_id} refused: {cause}");
+    }
+    if wants_page {
+        portal::write_refusal(response, &refusal, request_id);
+        return;
     }
     let fields = refusal.fields.map(|fields| {
         fields

@@ -9,8 +9,8 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::feed_server;
 use super::service::Service;
+use super::{feed_server, portal};
 
 mod admin;
 mod audit;
@@ -31,7 +31,7 @@ mod render;
 mod sessions;
 mod tokens;
 mod usage;
-mod value;
+pub mod value;
 
 /// What handlers share.
 pub type App = Arc<Service>;
@@ -46,6 +46,7 @@ pub fn router(app: App) -> Router {
         .fallback(frame::no_such_route)
         .method_not_allowed_fallback(frame::no_such_method)
         .with_state(Arc::clone(&app))
+        .merge(portal::router(Arc::clone(&app)))
         .layer(axum::middleware::from_fn(frame::refuse_cross_site(&app.settings)))
         .layer(axum::middleware::from_fn_with_state(app, frame::frame))
 }

@@ -19,6 +19,8 @@ pub struct InvitationDraft {
     pub faults: Vec<FieldFault>,
     pub note: Option<String>,
     pub expires_at_ms: Option<i64>,
+    /// The invitation's id, where the caller must be able to tell a repetition; none: a random one.
+    pub id: Option<String>,
 }
 
 impl Service {
@@ -66,7 +68,7 @@ impl Service {
         check.finish()?;
         let secret = secret::invitation()?;
         let invitation = Invitation {
-            id: secret::id("inv_")?,
+            id: draft.id.map_or_else(|| secret::id("inv_"), Ok)?,
             note,
             created_at_ms: now_ms,
             expires_at_ms: draft.expires_at_ms.unwrap_or(now_ms + INVITATION_LIFE_MS),

@@ -14,6 +14,8 @@ pub struct TokenDraft {
     pub faults: Vec<FieldFault>,
     pub name: Option<String>,
     pub expires_at_ms: Option<i64>,
+    /// The token's id, where the caller must be able to tell a repetition; none: a random one.
+    pub id: Option<String>,
 }
 
 impl Service {
@@ -32,7 +34,7 @@ impl Service {
         check.finish()?;
         let secret = secret::access_token()?;
         let token = AccessToken {
-            id: secret::id("tok_")?,
+            id: draft.id.map_or_else(|| secret::id("tok_"), Ok)?,
             organization_id: organization.to_owned(),
             name,
             last_four: secret.last_four(),
