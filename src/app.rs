@@ -336,9 +336,11 @@ impl Process {
         let Some((listener, _)) = self.control.take() else {
             return;
         };
-        let Some(settings) = settings::control(&self.config) else {
+        let Some(mut settings) = settings::control(&self.config) else {
             return;
         };
+        // What the portal's `curl` lines call: this process's own gate, if it is one.
+        settings.gate_url = self.gate.as_ref().and_then(GateRole::url);
         let clock = self.clock.clone();
         let ended = lifecycle.reached(Stage::Ending);
         let running = lifecycle.task(Stage::Ending);
@@ -423,6 +425,18 @@ fn status(name: Option<&str>, gate: Option<&(Arc<Gate>, Arc<Feed>, Arc<AtomicU64
 }
 
 impl GateRole {
+    /// How this gate is called from the machine it runs on.
+    fn url(&self) -> Option<String> {
+        let ((_, address), (_, tls)) = (self.listeners.first()?, self.edges.first()?);
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let host = if address.ip().is_unspecified() {
+            "localhost".to_owned()
+        } else {
+            address.ip().to_string()
+        };
+        Some(format!("{scheme}://{host}:{}", address.port()))
+    }
+
     fn assemble(config: &Config, bound: Bound, clock: &Clock) -> Result<Self, AppError> {
         let Some(gate_config) = &config.gate else {
             return Err(AppError::internal("no gate is configured"));

@@ -169,7 +169,12 @@ fn cases() -> Vec<Case> {
     let hammering = "198.51.100.7".parse().unwrap();
     vec![
         case("allow", PASSED, "/things/1", with_secret(1)),
-        case("allow, bearer", PASSED, "/things/1", with(&[("authorization", &bearer)])),
+        case(
+            "allow, bearer",
+            PASSED,
+            "/things/1",
+            with(&[("authorization", &bearer)]),
+        ),
         case(
             "allow, the same key twice",
             PASSED,
@@ -177,13 +182,23 @@ fn cases() -> Vec<Case> {
             with(&[("authorization", &bearer), ("x-api-key", &one)]),
         ),
         case("allow, no rule", PASSED, "/elsewhere", with_secret(1)),
-        case("allow, another tier's window beside", PASSED, "/things/1", with_secret(9)),
+        case(
+            "allow, another tier's window beside",
+            PASSED,
+            "/things/1",
+            with_secret(9),
+        ),
         case("allow, long id", PASSED, "/things/1", with_secret(6)),
         case("allow, capped", PASSED, "/things/1", with_secret(5)),
         case("allow, public", PASSED, "/open", with(&[])),
         case("allow, public with a limit", PASSED, "/register", with(&[])),
         case("missing", "MISSING_API_KEY", "/things/1", with(&[])),
-        case("malformed", "INVALID_API_KEY", "/things/1", with(&[("x-api-key", "pxk_live_no")])),
+        case(
+            "malformed",
+            "INVALID_API_KEY",
+            "/things/1",
+            with(&[("x-api-key", "pxk_live_no")]),
+        ),
         case("unknown", "INVALID_API_KEY", "/things/1", with_secret(1_000)),
         case(
             "conflicting",
@@ -237,8 +252,16 @@ fn watch(gate: &Gate, case: &Case, clock: &Clock) {
             })
             .count()
     });
-    assert_eq!(wrong, 0, "{}: so many decisions did not end in {}", case.name, case.ends_in);
-    assert_eq!(calls, 0, "{}: calls of the allocator in {DECISIONS} decisions", case.name);
+    assert_eq!(
+        wrong, 0,
+        "{}: so many decisions did not end in {}",
+        case.name, case.ends_in
+    );
+    assert_eq!(
+        calls, 0,
+        "{}: calls of the allocator in {DECISIONS} decisions",
+        case.name
+    );
 }
 
 /// A gate with all keys, an address that has failed too often, and a key that was used in two tiers.
@@ -286,7 +309,10 @@ fn no_decision_allocates() {
         prepare(&gate, case, &clock);
         watch(&gate, case, &clock);
     }
-    println!("{} cases of {DECISIONS} decisions: no call of the allocator", cases.len());
+    println!(
+        "{} cases of {DECISIONS} decisions: no call of the allocator",
+        cases.len()
+    );
 }
 
 #[test]
@@ -343,8 +369,11 @@ fn no_decision_allocates_on_threads_that_share_keys() {
                     for _ in 0..3 {
                         end_of(&gate, case, &clock);
                     }
-                    let (wrong, calls) =
-                        calls_in(|| (0..DECISIONS).filter(|_| end_of(&gate, case, &clock) != case.ends_in).count());
+                    let (wrong, calls) = calls_in(|| {
+                        (0..DECISIONS)
+                            .filter(|_| end_of(&gate, case, &clock) != case.ends_in)
+                            .count()
+                    });
                     assert_eq!((wrong, calls), (0, 0), "{}", case.name);
                 }
             });
