@@ -23,6 +23,7 @@ use crate::telemetry::admin::{self, Admin};
 use crate::telemetry::logs;
 use lifecycle::{Lifecycle, Signals, Stage, Task};
 use listeners::Handover;
+use pingora::listeners::{L4BufferSettings, ListenerConfig};
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, Server};
 use pingora::services::background::background_service;
@@ -521,7 +522,9 @@ impl GateRole {
                 shared = Some((edge.slots().clone(), edge.activity().clone()));
             }
             let mut service = Service::new(format!("gate on {address}"), edge);
-            service.add_tcp(&address.to_string());
+            // The edge reads into a buffer of its own; another 64 KiB a connection before it would cost memory and a copy.
+            let listener = ListenerConfig::tcp(address.to_string());
+            service.add_listener(listener.l4_buffer(L4BufferSettings::default().read(0)));
             server.add_service(service).add_dependency(&handover);
         }
 

@@ -765,6 +765,14 @@ impl HeadTimer {
     }
 }
 
+/// Checks a request that came over HTTP/2, for a proxy that runs without an edge; an edge has done it before.
+///
+/// # Errors
+/// The refusal to answer with.
+pub fn check_http2(request: &RequestHeader, limits: HeadLimits) -> Result<(), EdgeRefusal> {
+    check_request(&request.method, &request.uri, &request.headers, limits).map_err(EdgeRefusal::from)
+}
+
 /// To be called in `request_body_filter`. Pingora 0.9.1 would send the last chunk twice to an HTTP/1 upstream when a
 /// body's end comes in an empty piece, as with an empty DATA frame: the second one would be read as the start of a
 /// response to nobody, on a pooled connection.
