@@ -1,5 +1,6 @@
 //! The life of a key, in a browser: from the first visit to its end.
 
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
@@ -54,6 +55,11 @@ async fn a_key_from_registration_to_its_end() {
 
     // What was copied passes the gate.
     assert_eq!(program.request(&first).await, (200, String::new()));
+    // So does the line to paste, as it stands.
+    let line = browser.find("#line").await.text().await.unwrap();
+    let pasted = Command::new("sh").args(["-c", &line]).output().unwrap();
+    let answer = String::from_utf8_lossy(&pasted.stdout);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{line}\n{answer}");
 
     // A reload shows nothing and makes nothing.
     browser.page.refresh().await.unwrap();
@@ -85,13 +91,13 @@ async fn a_key_from_registration_to_its_end() {
             .unwrap()
             .unwrap();
         let data: Vec<Vec<u64>> = serde_json::from_str(&data).unwrap();
-        seen = data[1].iter().sum::<u64>() == 1;
+        seen = data[1].iter().sum::<u64>() == 2;
         if seen {
             break;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    assert!(seen, "the request did not appear");
+    assert!(seen, "the two requests did not appear");
     browser.find(".chart canvas").await;
     assert!(browser.text().await.contains("just now") || browser.text().await.contains("second"));
 
