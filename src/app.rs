@@ -216,6 +216,7 @@ struct GateRole {
 impl Process {
     /// Binds every socket and loads what is on disk, so that whatever can fail fails before anything runs.
     fn assemble(config: Config, config_path: Option<PathBuf>, demo: Option<BoundListener>) -> Result<Self, AppError> {
+        settings::refuse_what_is_not_built(&config)?;
         let clock = Clock::system();
         let control = config
             .control

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`cli`] | words from a person → calls |
 //! | [`app`] | the composition root: configuration → running services |
-//! | [`proxy`], [`feed`], [`meter`], [`cluster`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
+//! | [`proxy`], [`feed`], [`meter`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
 //! | [`clock`], [`wire`] | time as a value; what gates and control plane say to each other |
 //!
@@ -16,7 +16,6 @@
 pub mod app;
 pub mod cli;
 pub mod clock;
-pub mod cluster;
 pub mod config;
 pub mod control;
 #[doc = include_str!("manual/embedding.md")]

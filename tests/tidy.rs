@@ -9,7 +9,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const FLOORS: [&[&str]; 5] = [
     &["cli"],
     &["app"],
-    &["proxy", "feed", "meter", "cluster", "control", "config", "telemetry"],
+    &["proxy", "feed", "meter", "control", "config", "telemetry"],
     &["gate"],
     &["clock", "wire"],
 ];

@@ -19,6 +19,35 @@ pub struct Bound {
     pub control: Option<SocketAddr>,
 }
 
+/// Says no to settings whose promise this version cannot keep, and warns of those that it leaves out.
+pub fn refuse_what_is_not_built(config: &Config) -> Result<(), AppError> {
+    if config.cluster.is_some() {
+        let message = "cluster: counts are not shared between gates in this version; without the section each gate \
+                       enforces the limits by itself";
+        return Err(AppError::Failed(message.to_owned()));
+    }
+    for upstream in &config.upstreams {
+        let UpstreamTarget::Servers(servers) = &upstream.target else {
+            continue;
+        };
+        let tls = servers.tls.as_ref();
+        if tls.is_some_and(|tls| tls.ca.is_some() || tls.certificate.is_some() || tls.danger_skip_verify) {
+            let name = &upstream.name;
+            let message = format!("upstreams.{name}.tls: only `sni` is supported in this version");
+            return Err(AppError::Failed(message));
+        }
+        let left_out = [
+            ("health", servers.health.is_some()),
+            ("balance: random", servers.balance == config::Balance::Random),
+            ("protocol: http2", servers.protocol == config::Protocol::Http2),
+        ];
+        for (setting, _) in left_out.iter().filter(|(_, is_set)| *is_set) {
+            log::warn!("upstreams.{}.{setting} has no effect in this version", upstream.name);
+        }
+    }
+    Ok(())
+}
+
 /// The gate's settings.
 pub fn gate(config: &Config) -> Result<gate::Settings, AppError> {
     let Some(gate) = &config.gate else {
