@@ -215,6 +215,27 @@ fn two_threads_cross_an_edge() {
 }
 
 #[test]
+fn a_permit_is_taken_in_what_another_thread_leaves() {
+    // The second advances by sums that the first makes wrong meanwhile, to where just one permit is left.
+    for (name, permits, many) in [
+        ("left behind, packed", 3, 1),
+        ("left behind, one to a word", 60_000, 20_000),
+    ] {
+        Model::<2> {
+            permits,
+            before: vec![take(permits, many, T0), take(permits, many, edge::<2>(1))],
+            threads: vec![
+                vec![take(permits, many, edge::<2>(2)), take(permits, many, edge::<2>(3))],
+                vec![take(permits, many, edge::<2>(3))],
+            ],
+            after: probe::<2>(permits, 3..8),
+            preemptions: Some(4),
+        }
+        .check(name);
+    }
+}
+
+#[test]
 fn three_threads_cross_an_edge() {
     Model::<2> {
         permits: 60_000,
