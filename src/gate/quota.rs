@@ -110,6 +110,24 @@ impl KeyWindows {
         now_ns: u64,
         act: impl Fn(&TierWindow) -> Result<R, Replace>,
     ) -> Result<R, GivenBack> {
+        // A window is closed before it has a successor and before it is given back, so one that serves is the newest,
+        // and `more` need not be looked at.
+        if self.first.tier == tier
+            && let Ok(result) = act(&self.first)
+        {
+            return Ok(result);
+        }
+        self.on_later_window(tier, limit, now_ns, act)
+    }
+
+    /// [`KeyWindows::on_window`] where the first one does not serve.
+    fn on_later_window<R>(
+        &self,
+        tier: NameId,
+        limit: Limit,
+        now_ns: u64,
+        act: impl Fn(&TierWindow) -> Result<R, Replace>,
+    ) -> Result<R, GivenBack> {
         loop {
             let head = self.more.load();
             if let Some(node) = &*head

@@ -264,9 +264,10 @@ pub struct Resync<'g> {
     /// Taken out for as long as the resync lasts, so that no other writer can come between.
     writer: Option<Box<Writer>>,
     snapshot: Option<Snapshot>,
-    /// New terms of slots that are in use now.
+    /// New terms of slots that are in use now; those whose terms stay are not among them.
     staged: Vec<(SlotId, Arc<Terms>)>,
-    new_keys: Vec<SlotId>,
+    /// The owner slots of keys that were not there before, as a bitmap.
+    new_keys: Vec<u64>,
     new_secrets: Vec<(SlotId, SlotId)>,
     /// Slots that the new snapshot leads to, as a bitmap.
     marked: Vec<u64>,
@@ -284,7 +285,7 @@ impl Resync<'_> {
         let gate = self.gate;
         let (owner, new) = writer.find_or_add(&gate.slots, &update.id)?;
         if new {
-            self.new_keys.push(owner);
+            mark(&mut self.new_keys, owner);
         }
         mark(&mut self.marked, owner);
         let mut owner_is_free = new;
@@ -295,8 +296,11 @@ impl Resync<'_> {
                 .secret_slots(owner)
                 .find(|(_, slot)| slot.linked.load(Relaxed) == 1 && slot.holds(&digest));
             let id = match held {
-                Some((id, _)) if !new => {
-                    self.staged.push((id, terms));
+                Some((id, slot)) if !new => {
+                    // Nobody else changes terms while a resync has the writer.
+                    if !slot.terms.load().as_ref().is_some_and(|held| Arc::ptr_eq(held, &terms)) {
+                        self.staged.push((id, terms));
+                    }
                     id
                 }
                 _ => {
@@ -398,7 +402,7 @@ impl Drop for Resync<'_> {
         for (_, id) in self.new_secrets.drain(..) {
             writer.release(&self.gate.slots, id);
         }
-        for owner in self.new_keys.drain(..) {
+        for owner in writer.slot_ids().filter(|id| is_marked(&self.new_keys, *id)) {
             self.gate.release_key(&mut writer, owner);
         }
         *self.gate.writer.lock().unwrap_or_else(|e| e.into_inner()) = Some(writer);
