@@ -233,7 +233,7 @@ fn main() {
             // Every key has been used: its window exists, and is as cold as the rest of it.
             for first in (0..keys).step_by(BATCH) {
                 let batch: Vec<HeaderMap> = (first..keys.min(first + BATCH as u32))
-                    .map(|n| gate_support::with_secret(n))
+                    .map(gate_support::with_secret)
                     .collect();
                 contender.decide(&batch, clock.now());
             }

@@ -87,7 +87,9 @@ async fn every_wrong_credential_has_its_status_code_and_challenge() {
     let x = |key: &str| vec![("x-api-key", key.to_owned())];
     let bearer = |key: &str| vec![("authorization", format!("Bearer {key}"))];
     let broken = format!("{}0", &good.secret[..good.secret.len() - 1]);
-    let cases: Vec<(&str, &str, Vec<(&str, String)>, u16, &str, Option<&str>)> = vec![
+    /// Name, path, credential headers, status, code, challenge.
+    type Case<'a> = (&'a str, &'a str, Vec<(&'a str, String)>, u16, &'a str, Option<&'a str>);
+    let cases: Vec<Case<'_>> = vec![
         (
             "nothing",
             "/any",
