@@ -1,10 +1,12 @@
 //! Who gets in, who does not, and how each is told.
 
-use crate::harness::{Tollgate, error};
+use crate::harness::{Tollgate, client, error, standing_upstream};
+use crate::life;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const SEED: &str = r#"{"name":"My Company","email":"dev@example.com","password":"your-secure-password"}"#;
@@ -263,4 +265,74 @@ async fn a_refusal_leaves_the_connection_usable() {
         let head = exchange(headers);
         assert!(head.starts_with(&format!("http/1.1 {status}")), "{head}");
     }
+}
+
+#[tokio::test]
+async fn a_route_for_live_keys_refuses_those_of_a_sandbox_and_spends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (live, test) = (new_key("pxk_live_"), new_key("pxk_test_"));
+    let lines = [("key_live", "live", &live), ("key_test", "test", &test)]
+        .map(|(id, environment, secret)| key_line(id, environment, secret));
+    std::fs::write(dir.path().join("keys.ndjson"), lines.concat()).unwrap();
+    let config = dir.path().join("gate.yaml");
+    let upstream = standing_upstream().await;
+    let text = format!(
+        r#"version: 1
+gate:
+  listen: [{{address: "127.0.0.1:0"}}]
+  state_dir: {state}
+  feed: {{file: keys.ndjson}}
+keys: {{environments: {{live: {{prefix: pxk_live_, billed: true}}, test: {{prefix: pxk_test_}}}}}}
+tiers: {{default: {{limit: 2, window: 1h}}}}
+upstreams: {{origin: {{servers: ["{upstream}"]}}}}
+routes:
+  - {{name: exports, match: {{path: "/exports/**"}}, environments: [live], upstream: origin}}
+  - {{name: rest, match: {{path: "/**"}}, upstream: origin}}
+log: {{access: off}}
+"#,
+        state = dir.path().display(),
+    );
+    std::fs::write(&config, text).unwrap();
+    let (_process, gate) = life::run(&config, dir.path());
+    let client = client();
+    let ask = async |path: &str, key: &str| {
+        let request = client.get(format!("{gate}{path}")).header("x-api-key", key);
+        request.send().await.unwrap()
+    };
+    for _ in 0..5 {
+        let refused = ask("/exports/1", &test).await;
+        assert_eq!(refused.status(), StatusCode::FORBIDDEN);
+        assert!(!refused.headers().contains_key("www-authenticate"));
+        let expected = "Keys of the environment 'test' are not allowed here.";
+        assert_eq!(
+            error(refused).await,
+            ("ENVIRONMENT_NOT_ALLOWED".to_owned(), expected.to_owned())
+        );
+    }
+    assert_eq!(ask("/exports/1", &live).await.status(), StatusCode::OK);
+    for expected in [StatusCode::OK, StatusCode::OK, StatusCode::TOO_MANY_REQUESTS] {
+        assert_eq!(ask("/other", &test).await.status(), expected, "refusals spent nothing");
+    }
+}
+
+/// A fresh secret, as `tollgate keys new` prints it.
+fn new_key(prefix: &str) -> String {
+    let made = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+        .args(["keys", "new", "--prefix", prefix])
+        .output()
+        .unwrap();
+    assert!(made.status.success());
+    String::from_utf8(made.stdout).unwrap().trim().to_owned()
+}
+
+/// Its line for a key file, as `tollgate keys hash` prints it.
+fn key_line(id: &str, environment: &str, secret: &str) -> String {
+    let mut hash = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+        .args(["keys", "hash", "--id", id, "--environment", environment])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    hash.stdin.take().unwrap().write_all(secret.as_bytes()).unwrap();
+    String::from_utf8(hash.wait_with_output().unwrap().stdout).unwrap()
 }
