@@ -6,7 +6,7 @@
 //!
 //! A literal is compared with the *decoded* segment: `/%72egister` must not slip past the rule for `/register`
 //! into a laxer one, because the upstream will decode it. One trailing `/` is ignored for the same reason.
-//! Ambiguous paths (dot segments, encoded slashes, …) never get here: `proxy/strict.rs` refuses them.
+//! Ambiguous paths (dot segments, encoded slashes, …) never get here: `proxy/strict` refuses them.
 
 use super::limit::Limit;
 use super::scope::{NameId, NameSet};

@@ -1,0 +1,170 @@
+//! HTTP/1 connections: one checked message after the other.
+
+use std::pin::Pin;
+
+use pingora::apps::HttpServerApp;
+use pingora::protocols::http::ServerSession;
+use pingora::proxy::ProxyHttp;
+use pingora::server::ShutdownWatch;
+use tokio::io::AsyncWriteExt;
+use tokio::time::{Instant, Sleep};
+
+use super::super::guard::{Guard, close, close_lingering};
+use super::super::strict::{HeadCheck, HeadFraming};
+use super::refusal::{refusal_head, request_id};
+use super::{Edge, EdgeRefusal, REFUSAL_DEADLINE, RefusedFor};
+
+impl<P> Edge<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    pub(super) async fn serve_http1(&self, mut guard: Box<Guard>, shutdown: &ShutdownWatch) {
+        let mut waiting = HeadTimer::default();
+        let mut shutdown_seen = shutdown.clone();
+        let mut remaining = self.settings.requests_per_connection;
+        let mut is_first = true;
+        loop {
+            let framing = match self
+                .next_head(&mut guard, is_first, &mut waiting, &mut shutdown_seen)
+                .await
+            {
+                Ok(Some(framing)) => framing,
+                Ok(None) => return,
+                Err(refusal) => return self.refuse(guard, refusal).await,
+            };
+            is_first = false;
+            let message = match guard.begin(&framing) {
+                Ok(message) => message,
+                Err(ambiguity) => return self.refuse(guard, ambiguity.into()).await,
+            };
+            let active = self.activity.begin();
+            let mut session = ServerSession::new_http1(guard);
+            session.set_pipelined_prefix(message);
+            session.set_keepalive_reuses_remaining(remaining);
+            let reused = self.proxy.process_new_http(session, shutdown).await;
+            drop(active);
+            let Some(reused) = reused else { return };
+            let (stream, _) = reused.consume();
+            let Ok(returned) = stream.into_any().downcast::<Guard>() else {
+                debug_assert!(false, "Pingora gave back another stream than it was given");
+                return;
+            };
+            guard = returned;
+            remaining = remaining.map(|left| left.saturating_sub(1));
+            if !guard.is_reusable() || remaining == Some(0) {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the next head and checks it. `None` if none came.
+    async fn next_head(
+        &self,
+        guard: &mut Guard,
+        is_first: bool,
+        waiting: &mut HeadTimer,
+        shutdown: &mut ShutdownWatch,
+    ) -> Result<Option<HeadFraming>, EdgeRefusal> {
+        if guard.buffer().is_empty() {
+            let patience = if is_first {
+                self.settings.head_deadline
+            } else {
+                self.settings.idle_timeout
+            };
+            let mut deadline = Instant::now() + patience;
+            if *shutdown.borrow() {
+                deadline = deadline.min(Instant::now() + self.settings.shutdown_linger);
+            }
+            loop {
+                let is_shutting_down = *shutdown.borrow();
+                tokio::select! {
+                    biased;
+                    read = guard.fill() => match read {
+                        Ok(1..) => break,
+                        Ok(0) | Err(_) => return Ok(None),
+                    },
+                    () = waiting.until(deadline) => return Ok(None),
+                    changed = shutdown.changed(), if !is_shutting_down => {
+                        // A request may be on its way at this moment: answer it, and close then.
+                        if changed.is_err() {
+                            return Ok(None);
+                        }
+                        if *shutdown.borrow() {
+                            deadline = deadline.min(Instant::now() + self.settings.shutdown_linger);
+                        }
+                    }
+                }
+            }
+        }
+        let mut deadline = None;
+        let mut check = HeadCheck::new(self.limits);
+        let mut may_skip_line = true;
+        loop {
+            // One empty line before a request line is what RFC 9112 section 2.2 asks to be ignored.
+            if may_skip_line && guard.buffer().starts_with(b"\r\n") {
+                guard.skip(2);
+                may_skip_line = false;
+            }
+            let only_cr = may_skip_line && guard.buffer()[..] == *b"\r";
+            if !only_cr && let Some(framing) = check.resume(guard.buffer())? {
+                return Ok(Some(framing));
+            }
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.settings.head_deadline);
+            tokio::select! {
+                biased;
+                read = guard.fill() => match read {
+                    Ok(1..) => {}
+                    Ok(0) | Err(_) => return Ok(None),
+                },
+                () = waiting.until(deadline) => {
+                    return if guard.buffer().is_empty() { Ok(None) } else { Err(EdgeRefusal::SLOW) };
+                }
+            }
+        }
+    }
+
+    /// Answers a refused request and closes the connection.
+    async fn refuse(&self, mut guard: Box<Guard>, refusal: EdgeRefusal) {
+        let request_id = request_id();
+        self.observer.refused(guard.info().client, &refusal, &request_id);
+        let body = (self.render)(&refusal, &request_id);
+        let answer = refusal_head(&refusal, body.len(), &request_id) + &body;
+        let io = guard.io_mut();
+        let write = async {
+            io.write_all(answer.as_bytes()).await?;
+            io.flush().await
+        };
+        // The answer is small: where it does not fit into the socket at once, nobody is reading.
+        if let Ok(Ok(())) = tokio::time::timeout(REFUSAL_DEADLINE, write).await {
+            match refusal.why {
+                // All that it sent was read: nothing can reset the answer, and it had its time.
+                RefusedFor::Slow => close(guard.io_mut()).await,
+                RefusedFor::Ambiguity(_) => close_lingering(guard.io_mut()).await,
+            }
+        }
+    }
+}
+
+/// A timer that is rarely reset: between two requests on a connection it usually has not fired yet, and only where
+/// it has is it set to the deadline that really holds.
+#[derive(Default)]
+struct HeadTimer(Option<Pin<Box<Sleep>>>);
+
+impl HeadTimer {
+    async fn until(&mut self, deadline: Instant) {
+        let timer = self
+            .0
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        if timer.deadline() > deadline || timer.is_elapsed() {
+            timer.as_mut().reset(deadline);
+        }
+        loop {
+            timer.as_mut().await;
+            if timer.deadline() >= deadline {
+                return;
+            }
+            timer.as_mut().reset(deadline);
+        }
+    }
+}

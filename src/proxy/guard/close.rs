@@ -1,0 +1,32 @@
+//! The end of a connection.
+
+use std::time::Duration;
+
+use pingora::protocols::Stream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// Says that no more will be written. That takes a flush, for which a client that does not read is not waited for.
+pub(in crate::proxy) async fn close(io: &mut Stream) {
+    let _ = tokio::time::timeout(LINGER, io.shutdown()).await;
+}
+
+/// Says that no more will be written, then reads on for a while and throws it away.
+pub(in crate::proxy) async fn close_lingering(io: &mut Stream) {
+    close(io).await;
+    let drain = async {
+        let mut scratch = [0u8; 4096];
+        let mut total = 0;
+        while total < LINGER_BYTES {
+            match io.read(&mut scratch).await {
+                Ok(0) | Err(_) => return,
+                Ok(read) => total += read,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, drain).await;
+}
+
+/// After a response that came before the request's end: how long and how much is still read, so that the client gets
+/// to see the response instead of a reset.
+pub(super) const LINGER: Duration = Duration::from_secs(1);
+pub(super) const LINGER_BYTES: usize = 1024 * 1024;

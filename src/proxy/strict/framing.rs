@@ -1,0 +1,21 @@
+//! What a head says about its message.
+
+/// What a whole HTTP/1 head says about its message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadFraming {
+    /// Bytes of the head, the closing empty line included.
+    pub head_bytes: usize,
+    /// How the body is delimited.
+    pub body: BodyFraming,
+    /// The head has an `Upgrade` field, and `Connection` names it.
+    pub upgrade: bool,
+}
+
+/// How the body of a request is delimited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyFraming {
+    /// Exactly so many bytes; 0 where nothing was said.
+    Length(u64),
+    /// `Transfer-Encoding: chunked`.
+    Chunked,
+}

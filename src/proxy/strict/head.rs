@@ -1,0 +1,324 @@
+//! The head of an HTTP/1 request, as it comes in.
+
+use super::bytes::{CLASS, TOKEN, UNDERSCORE, has_control, is_space, trim};
+use super::fields::{check_host, check_method, content_length, is_disguised_framing};
+use super::{Ambiguity, BodyFraming, HeadFraming, HeadLimits, check_target};
+
+/// Checks the head of an HTTP/1 request while it comes in.
+///
+/// Each line is looked at once, when it is complete, however the head is cut up: a head that drips in byte by byte
+/// costs no more than one that comes whole.
+#[derive(Clone, Debug)]
+pub struct HeadCheck {
+    limits: HeadLimits,
+    /// Where the line starts that is not yet checked.
+    line_start: usize,
+    /// Up to where no line feed was found.
+    searched: usize,
+    fields: usize,
+    version_10: bool,
+    has_request_line: bool,
+    host: Option<(usize, usize)>,
+    /// The authority of an absolute-form target; such a target is refused, but the reason depends on `Host`.
+    absolute: Option<(usize, usize)>,
+    length: Option<u64>,
+    chunked: bool,
+    upgrade_field: bool,
+    upgrade_option: bool,
+}
+
+impl HeadCheck {
+    /// A check of one head.
+    pub fn new(limits: HeadLimits) -> Self {
+        HeadCheck {
+            limits,
+            line_start: 0,
+            searched: 0,
+            fields: 0,
+            version_10: false,
+            has_request_line: false,
+            host: None,
+            absolute: None,
+            length: None,
+            chunked: false,
+            upgrade_field: false,
+            upgrade_option: false,
+        }
+    }
+
+    /// Goes on with `bytes`: all that has come of the head so far, from its first byte, and perhaps more behind it.
+    /// `Ok(None)` asks for more.
+    ///
+    /// # Errors
+    /// The first reason, in the order of the bytes, to refuse the request.
+    pub fn resume(&mut self, bytes: &[u8]) -> Result<Option<HeadFraming>, Ambiguity> {
+        if !self.has_request_line && bytes.first().is_some_and(|&b| CLASS[b as usize] & TOKEN == 0) {
+            return Err(Ambiguity::NotHttp);
+        }
+        while let Some(found) = memchr::memchr(b'\n', &bytes[self.searched..]) {
+            let line_feed = self.searched + found;
+            if line_feed >= self.limits.bytes {
+                return Err(self.too_large());
+            }
+            if line_feed == self.line_start || bytes[line_feed - 1] != b'\r' {
+                return Err(Ambiguity::BareLineFeed);
+            }
+            let line = self.line_start..line_feed - 1;
+            self.line_start = line_feed + 1;
+            self.searched = self.line_start;
+            if !self.has_request_line {
+                self.request_line(&bytes[line])?;
+                self.has_request_line = true;
+            } else if line.is_empty() {
+                return self.finish(bytes).map(Some);
+            } else {
+                self.fields += 1;
+                if self.fields > self.limits.fields {
+                    return Err(Ambiguity::TooManyFields);
+                }
+                self.field(bytes, line.start, line.end)?;
+            }
+        }
+        self.searched = bytes.len();
+        if bytes.len() >= self.limits.bytes {
+            Err(self.too_large())
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn too_large(&self) -> Ambiguity {
+        if self.has_request_line {
+            Ambiguity::HeadTooLarge
+        } else {
+            Ambiguity::TargetTooLong
+        }
+    }
+
+    fn request_line(&mut self, line: &[u8]) -> Result<(), Ambiguity> {
+        let method_end = memchr::memchr(b' ', line).ok_or(Ambiguity::RequestLine)?;
+        let (method, rest) = (&line[..method_end], &line[method_end + 1..]);
+        let target_end = memchr::memchr(b' ', rest).ok_or(Ambiguity::RequestLine)?;
+        let (target, version) = (&rest[..target_end], &rest[target_end + 1..]);
+        match version {
+            b"HTTP/1.1" => {}
+            b"HTTP/1.0" => self.version_10 = true,
+            _ => {
+                let named = version.strip_prefix(b"HTTP/").is_some_and(|number| {
+                    !number.is_empty() && number.len() <= 3 && number.iter().all(|b| b.is_ascii_digit() || *b == b'.')
+                });
+                return Err(if named {
+                    Ambiguity::Version
+                } else {
+                    Ambiguity::RequestLine
+                });
+            }
+        }
+        check_method(method)?;
+        if target.len() > self.limits.target_bytes {
+            return Err(Ambiguity::TargetTooLong);
+        }
+        match target.first() {
+            Some(b'/') => check_target(target, self.limits.paths),
+            Some(b'*') if target == b"*" && method == b"OPTIONS" => Ok(()),
+            _ => {
+                let scheme = [&b"http://"[..], b"https://"]
+                    .into_iter()
+                    .find(|scheme| target.len() > scheme.len() && target[..scheme.len()].eq_ignore_ascii_case(scheme));
+                let Some(scheme) = scheme else {
+                    return Err(Ambiguity::TargetForm);
+                };
+                let start = method_end + 1 + scheme.len();
+                let rest = &target[scheme.len()..];
+                let end = rest
+                    .iter()
+                    .position(|b| matches!(b, b'/' | b'?' | b'#'))
+                    .unwrap_or(rest.len());
+                self.absolute = Some((start, start + end));
+                Ok(())
+            }
+        }
+    }
+
+    fn field(&mut self, bytes: &[u8], start: usize, end: usize) -> Result<(), Ambiguity> {
+        let line = &bytes[start..end];
+        let mut classes = 0;
+        let mut name_end = line.len();
+        for (i, &b) in line.iter().enumerate() {
+            let class = CLASS[b as usize];
+            if class & TOKEN == 0 {
+                name_end = i;
+                break;
+            }
+            classes |= class;
+        }
+        match line.get(name_end) {
+            Some(b':') if name_end > 0 => {}
+            Some(b' ' | b'\t') if name_end == 0 => return Err(Ambiguity::FieldFolded),
+            Some(b' ' | b'\t') => return Err(Ambiguity::FieldSpace),
+            Some(b'\r') => return Err(Ambiguity::BareCarriageReturn),
+            _ => return Err(Ambiguity::FieldName),
+        }
+        let (name, raw) = (&line[..name_end], &line[name_end + 1..]);
+        if has_control(raw) {
+            let carriage_return = memchr::memchr(b'\r', raw).is_some();
+            return Err(if carriage_return {
+                Ambiguity::BareCarriageReturn
+            } else {
+                Ambiguity::ControlByte
+            });
+        }
+        if classes & UNDERSCORE != 0 && is_disguised_framing(name) {
+            return Err(Ambiguity::FieldDisguised);
+        }
+        match name.len() {
+            4 if name.eq_ignore_ascii_case(b"host") => {
+                if self.host.is_some() {
+                    return Err(Ambiguity::HostRepeated);
+                }
+                let value = trim(raw);
+                check_host(value)?;
+                let value_start = start + name_end + 1 + raw.iter().take_while(|b| is_space(**b)).count();
+                self.host = Some((value_start, value_start + value.len()));
+            }
+            6 if name.eq_ignore_ascii_case(b"expect") && !trim(raw).eq_ignore_ascii_case(b"100-continue") => {
+                return Err(Ambiguity::Expectation);
+            }
+            7 if name.eq_ignore_ascii_case(b"upgrade") => self.upgrade_field = true,
+            10 if name.eq_ignore_ascii_case(b"connection") => self.connection(raw)?,
+            14 if name.eq_ignore_ascii_case(b"content-length") => {
+                if self.length.is_some() {
+                    return Err(Ambiguity::LengthRepeated);
+                }
+                self.length = Some(content_length(raw.strip_prefix(b" ").unwrap_or(raw))?);
+            }
+            17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
+                if self.chunked {
+                    return Err(Ambiguity::EncodingRepeated);
+                }
+                if raw.strip_prefix(b" ").unwrap_or(raw) != b"chunked" {
+                    return Err(Ambiguity::EncodingForm);
+                }
+                self.chunked = true;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// `Connection` makes proxies drop the fields it names. Naming `x-api-key` or `content-length` there would make
+    /// the next server see another request than the one that was decided on.
+    fn connection(&mut self, value: &[u8]) -> Result<(), Ambiguity> {
+        for option in value.split(|b| *b == b',') {
+            let option = trim(option);
+            if option.eq_ignore_ascii_case(b"upgrade") {
+                self.upgrade_option = true;
+            } else if !option.is_empty()
+                && !CONNECTION_OPTIONS
+                    .iter()
+                    .any(|known| option.eq_ignore_ascii_case(known))
+            {
+                return Err(Ambiguity::ConnectionOption);
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&self, bytes: &[u8]) -> Result<HeadFraming, Ambiguity> {
+        let (host_start, host_end) = self.host.ok_or(Ambiguity::HostMissing)?;
+        if let Some((start, end)) = self.absolute {
+            // The request line's own offsets: it starts the head.
+            let agrees = bytes[start..end].eq_ignore_ascii_case(&bytes[host_start..host_end]);
+            return Err(if agrees {
+                Ambiguity::TargetForm
+            } else {
+                Ambiguity::TargetAuthority
+            });
+        }
+        let body = match (self.chunked, self.length) {
+            (true, Some(_)) => return Err(Ambiguity::LengthAndEncoding),
+            (true, None) if self.version_10 => return Err(Ambiguity::EncodingVersion),
+            (true, None) => BodyFraming::Chunked,
+            (false, length) => BodyFraming::Length(length.unwrap_or(0)),
+        };
+        Ok(HeadFraming {
+            head_bytes: self.line_start,
+            body,
+            upgrade: self.upgrade_field && self.upgrade_option,
+        })
+    }
+}
+
+/// Checks a whole HTTP/1 head at once.
+///
+/// # Errors
+/// As [`HeadCheck::resume`]; a head without its closing empty line is a [`Ambiguity::RequestLine`].
+pub fn check_head(bytes: &[u8], limits: HeadLimits) -> Result<HeadFraming, Ambiguity> {
+    HeadCheck::new(limits).resume(bytes)?.ok_or(Ambiguity::RequestLine)
+}
+
+/// Options that take no end-to-end field away. `proxy-connection` and `trailers` are seen in the wild beside them.
+const CONNECTION_OPTIONS: &[&[u8]] = &[
+    b"keep-alive",
+    b"close",
+    b"te",
+    b"trailers",
+    b"http2-settings",
+    b"proxy-connection",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::super::PathRules;
+    use super::*;
+
+    const LIMITS: HeadLimits = HeadLimits {
+        bytes: 32 * 1024,
+        fields: 100,
+        target_bytes: 8192,
+        paths: PathRules::Strict,
+    };
+
+    fn head(text: &str) -> Result<HeadFraming, Ambiguity> {
+        check_head(text.as_bytes(), LIMITS)
+    }
+
+    #[test]
+    fn a_plain_head_passes() {
+        let framing = head("GET /a?b=c HTTP/1.1\r\nHost: example.com:8080\r\nx-api-key: k\r\n\r\nrest").unwrap();
+        assert_eq!(framing.body, BodyFraming::Length(0));
+        assert_eq!(
+            framing.head_bytes,
+            "GET /a?b=c HTTP/1.1\r\nHost: example.com:8080\r\nx-api-key: k\r\n\r\n".len()
+        );
+        assert!(!framing.upgrade);
+        let chunked = head("POST / HTTP/1.1\r\nHost: [::1]:80\r\nTransfer-Encoding: chunked\r\n\r\n").unwrap();
+        assert_eq!(chunked.body, BodyFraming::Chunked);
+        let upgrade =
+            head("GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\r\n");
+        assert!(upgrade.unwrap().upgrade);
+    }
+
+    #[test]
+    fn a_head_gives_the_same_answer_however_it_is_cut() {
+        let heads = [
+            "GET /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+            "GET /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\nX: y\r\n\r\n",
+            "POST /a HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        ];
+        for text in heads {
+            let whole = check_head(text.as_bytes(), LIMITS);
+            let mut check = HeadCheck::new(LIMITS);
+            let mut dripped = Err(Ambiguity::RequestLine);
+            for end in 1..=text.len() {
+                match check.resume(&text.as_bytes()[..end]) {
+                    Ok(None) => continue,
+                    Ok(Some(framing)) => dripped = Ok(framing),
+                    Err(error) => dripped = Err(error),
+                }
+                break;
+            }
+            assert_eq!(dripped, whole, "{text:?}");
+        }
+    }
+}
