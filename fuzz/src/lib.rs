@@ -223,7 +223,7 @@ pub fn frames(data: &[u8]) {
     }
     assert_eq!(outcome, part_outcome);
     if outcome.is_ok() {
-        assert_eq!(whole.is_waiting(), parts.is_waiting());
+        assert_eq!(whole.patience(), parts.patience());
     }
     whole.sent(data);
     let _ = whole.waited(Duration::from_secs(1));

@@ -53,6 +53,12 @@ struct Upload {
     is_settled: bool,
 }
 
+impl Upload {
+    fn is_awaited(&self) -> bool {
+        !self.is_settled && self.window > 0
+    }
+}
+
 /// A frame's header, in whatever pieces it comes, and what is left of its payload.
 #[derive(Default)]
 struct FrameHeader {
@@ -177,9 +183,16 @@ impl FrameWatch {
         }
     }
 
-    /// Something is awaited from the client, so that time matters.
-    pub fn is_waiting(&self) -> bool {
-        self.is_incomplete() || self.uploads.iter().any(|upload| !upload.is_settled)
+    /// How much longer we wait if nothing comes; `None` while nothing is awaited from the client.
+    pub fn patience(&self) -> Option<Duration> {
+        let frame = self
+            .is_incomplete()
+            .then(|| self.limits.deadline.saturating_sub(self.incomplete_for));
+        let body = self.awaited().map(|upload| upload.pace.left()).min();
+        match (frame, body) {
+            (Some(frame), Some(body)) => Some(frame.min(body)),
+            (frame, body) => frame.or(body),
+        }
     }
 
     /// Nothing came for another `waited`.
@@ -194,17 +207,21 @@ impl FrameWatch {
             }
         }
         if self.connection_window > 0 {
-            for upload in self
-                .uploads
-                .iter_mut()
-                .filter(|upload| !upload.is_settled && upload.window > 0)
-            {
+            for upload in self.uploads.iter_mut().filter(|upload| upload.is_awaited()) {
                 if !upload.pace.spend(waited) {
                     return Err(GuardError::FrameTooSlow);
                 }
             }
         }
         Ok(())
+    }
+
+    /// The bodies of which the client could send more now.
+    fn awaited(&self) -> impl Iterator<Item = &Upload> {
+        let may_send = self.connection_window > 0;
+        self.uploads
+            .iter()
+            .filter(move |upload| may_send && upload.is_awaited())
     }
 
     fn upload(&mut self, stream: u32) -> Option<&mut Upload> {
@@ -450,11 +467,11 @@ mod tests {
         for cut in 1..ping.len() {
             let mut watch = watch();
             watch.received(&ping[..cut]).unwrap();
-            assert!(watch.is_waiting());
+            assert!(watch.patience().is_some());
             watch.waited(Duration::from_secs(10)).unwrap();
             assert_eq!(watch.waited(Duration::from_secs(1)), Err(GuardError::FrameTooSlow));
             watch.received(&ping[cut..]).unwrap();
-            assert!(!watch.is_waiting());
+            assert!(watch.patience().is_none());
         }
     }
 
@@ -466,7 +483,7 @@ mod tests {
         watch.received(&frame(CONTINUATION, 0, 1, b"x")).unwrap();
         assert_eq!(watch.waited(Duration::from_secs(6)), Err(GuardError::FrameTooSlow));
         watch.received(&frame(CONTINUATION, END_HEADERS, 1, b"x")).unwrap();
-        assert!(!watch.is_waiting());
+        assert!(watch.patience().is_none());
     }
 
     #[test]
@@ -481,7 +498,7 @@ mod tests {
         watch.waited(Duration::from_secs(20)).unwrap();
         assert_eq!(watch.waited(Duration::from_secs(1)), Err(GuardError::FrameTooSlow));
         watch.sent(&frame(HEADERS, END_HEADERS, 1, b"x"));
-        assert!(!watch.is_waiting(), "a response has begun");
+        assert!(watch.patience().is_none(), "a response has begun");
     }
 
     #[test]
@@ -520,7 +537,7 @@ mod tests {
         watch.sent(&frame(RST_STREAM, 0, 1, &[0; 4]));
         watch.received(&frame(DATA, 0, 1, b"x")).unwrap();
         watch.received(&frame(DATA, END_STREAM, 1, b"x")).unwrap();
-        assert!(!watch.is_waiting());
+        assert!(watch.patience().is_none());
     }
 
     #[test]

@@ -1,15 +1,13 @@
 //! HTTP/1 connections: one checked message after the other.
 
-use std::pin::Pin;
-
 use pingora::apps::HttpServerApp;
 use pingora::protocols::http::ServerSession;
 use pingora::proxy::ProxyHttp;
 use pingora::server::ShutdownWatch;
 use tokio::io::AsyncWriteExt;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
-use super::super::guard::{Guard, close, close_lingering};
+use super::super::guard::{Guard, LazyTimer, close, close_lingering};
 use super::super::strict::{HeadCheck, HeadFraming};
 use super::refusal::{refusal_head, request_id};
 use super::{Edge, EdgeRefusal, REFUSAL_DEADLINE, RefusedFor};
@@ -20,7 +18,7 @@ where
     P::CTX: Send + Sync,
 {
     pub(super) async fn serve_http1(&self, mut guard: Box<Guard>, shutdown: &ShutdownWatch) {
-        let mut waiting = HeadTimer::default();
+        let mut waiting = LazyTimer::default();
         let mut shutdown_seen = shutdown.clone();
         let mut remaining = self.settings.requests_per_connection;
         let mut is_first = true;
@@ -63,7 +61,7 @@ where
         &self,
         guard: &mut Guard,
         is_first: bool,
-        waiting: &mut HeadTimer,
+        waiting: &mut LazyTimer,
         shutdown: &mut ShutdownWatch,
     ) -> Result<Option<HeadFraming>, EdgeRefusal> {
         if guard.buffer().is_empty() {
@@ -142,29 +140,6 @@ where
                 RefusedFor::Slow => close(guard.io_mut()).await,
                 RefusedFor::Ambiguity(_) => close_lingering(guard.io_mut()).await,
             }
-        }
-    }
-}
-
-/// A timer that is rarely reset: between two requests on a connection it usually has not fired yet, and only where
-/// it has is it set to the deadline that really holds.
-#[derive(Default)]
-struct HeadTimer(Option<Pin<Box<Sleep>>>);
-
-impl HeadTimer {
-    async fn until(&mut self, deadline: Instant) {
-        let timer = self
-            .0
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
-        if timer.deadline() > deadline || timer.is_elapsed() {
-            timer.as_mut().reset(deadline);
-        }
-        loop {
-            timer.as_mut().await;
-            if timer.deadline() >= deadline {
-                return;
-            }
-            timer.as_mut().reset(deadline);
         }
     }
 }

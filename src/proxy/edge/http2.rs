@@ -12,7 +12,6 @@ use pingora::protocols::http::v2::server::{H2Accept, HttpSession as Http2Session
 use pingora::protocols::{Digest, SocketDigest};
 use pingora::proxy::ProxyHttp;
 use pingora::server::ShutdownWatch;
-use tokio::io::AsyncWriteExt;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 

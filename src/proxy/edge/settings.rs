@@ -73,7 +73,7 @@ pub struct Http2Settings {
 }
 
 impl Default for Http2Settings {
-    pub(super) fn default() -> Self {
+    fn default() -> Self {
         Http2Settings {
             concurrent_streams: 100,
             stream_window: 65_535,
@@ -86,7 +86,7 @@ impl Default for Http2Settings {
 }
 
 impl Default for EdgeSettings {
-    pub(super) fn default() -> Self {
+    fn default() -> Self {
         EdgeSettings {
             head_bytes: 32 * 1024,
             head_fields: 100,

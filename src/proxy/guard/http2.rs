@@ -8,7 +8,6 @@ use bytes::Buf;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::close::{LINGER, LINGER_BYTES};
-use super::pace::tick;
 use super::{Guard, GuardError, Mode};
 
 impl Guard {
@@ -24,15 +23,19 @@ impl Guard {
             watch.received(&out.filled()[before..])
         } else {
             match Pin::new(&mut self.io).poll_read(cx, out) {
-                Poll::Ready(Ok(())) => watch.received(&out.filled()[before..]),
+                Poll::Ready(Ok(())) => {
+                    let waited = self.reading.end();
+                    watch
+                        .waited(waited)
+                        .and_then(|()| watch.received(&out.filled()[before..]))
+                }
                 Poll::Pending => loop {
-                    if !watch.is_waiting() {
-                        // A tick that nobody polls would count the quiet time as waiting once something is awaited
-                        // again.
-                        self.reading.ticking_since = None;
+                    let Some(patience) = watch.patience() else {
+                        // The quiet from here on is not waiting.
+                        self.reading.end();
                         return Poll::Pending;
-                    }
-                    let waited = ready!(self.reading.poll_tick(cx, tick(self.settings.body)));
+                    };
+                    let waited = ready!(self.reading.poll_for(cx, patience));
                     if let Err(error) = watch.waited(waited) {
                         break Err(error);
                     }
@@ -52,7 +55,7 @@ impl Guard {
             let _ = Pin::new(&mut self.io).poll_flush(cx);
         }
         self.mode = Mode::Ending(error);
-        self.reading.ticking_since = None;
+        self.reading.end();
         out.set_filled(before);
         self.poll_end(error, cx)
     }
@@ -73,10 +76,31 @@ impl Guard {
                 }
                 Poll::Ready(_) => return Poll::Ready(Err(error.into())),
                 Poll::Pending => {
-                    ready!(self.reading.poll_tick(cx, LINGER / 2));
+                    ready!(self.reading.poll_for(cx, LINGER));
                     return Poll::Ready(Err(error.into()));
                 }
             }
+        }
+    }
+
+    /// Follows what we send. It can change what is awaited from the client (a window opens, a response begins), so the
+    /// wait until now counts under what held until now, and the timer is set for what holds next: nobody may read
+    /// again before it fires.
+    pub(super) fn frames_sent<'a>(&mut self, cx: &mut Context<'_>, pieces: impl Iterator<Item = &'a [u8]>) {
+        let Mode::Frames(watch) = &mut self.mode else {
+            return;
+        };
+        let waited = self.reading.end();
+        let was_too_slow = watch.waited(waited).is_err();
+        for piece in pieces {
+            watch.sent(piece);
+        }
+        let is_over = watch
+            .patience()
+            .is_some_and(|patience| was_too_slow || self.reading.poll_for(cx, patience).is_ready());
+        if is_over {
+            // The next read says so.
+            cx.waker().wake_by_ref();
         }
     }
 }

@@ -20,14 +20,14 @@ mod upgraded;
 pub(super) use close::{close, close_lingering};
 pub use connection::ConnectionInfo;
 pub use error::GuardError;
+pub(super) use pace::LazyTimer;
 pub use pace::{Pace, PaceLimits};
 
 use std::any::Any;
 use std::fmt;
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -40,11 +40,12 @@ use pingora::protocols::{
     UniqueID, UniqueIDType,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use super::frames::FrameWatch;
 use message::{Body, ResponseState};
 use pace::Waiting;
+use upgraded::Tunnel;
 
 /// What the guard of a connection must know.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +87,7 @@ enum Mode {
         had_eof: bool,
     },
     /// After a `101`.
-    Upgraded,
+    Upgraded(Tunnel),
     /// HTTP/2.
     Frames(Box<FrameWatch>),
     /// HTTP/2, after our GOAWAY.
@@ -169,9 +170,8 @@ impl Guard {
                         }
                     }
                     Mode::Message { .. } | Mode::Ending(_) => {}
-                    // The tunnel is alive; its silence starts anew.
-                    Mode::Upgraded => self.reading.pace = Pace::new(self.reading.pace.limits),
-                    Mode::Frames(watch) => watch.sent(&data[..written.min(data.len())]),
+                    Mode::Upgraded(_) => self.tunnel_used(Instant::now()),
+                    Mode::Frames(_) => self.frames_sent(cx, std::iter::once(&data[..written.min(data.len())])),
                 }
                 self.writing.progressed(written);
                 Poll::Ready(Ok(written))
@@ -182,6 +182,10 @@ impl Guard {
     }
 
     fn poll_write_pending(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if matches!(self.mode, Mode::Message { .. }) {
+            // While a response waits for the client, Pingora does not read, so a body is not waited for.
+            self.reading.pause();
+        }
         ready!(self.writing.poll_too_slow(cx));
         self.gave_up = true;
         Poll::Ready(GuardError::ResponseTooSlow.into())
@@ -204,7 +208,7 @@ impl AsyncRead for Guard {
         let this = self.get_mut();
         match this.mode {
             Mode::Message { .. } => this.poll_read_message(cx, out),
-            Mode::Upgraded => this.poll_read_upgraded(cx, out),
+            Mode::Upgraded(_) => this.poll_read_upgraded(cx, out),
             Mode::Frames(_) => this.poll_read_frames(cx, out),
             Mode::Ending(error) => this.poll_end(error, cx),
         }
@@ -214,6 +218,10 @@ impl AsyncRead for Guard {
 impl AsyncWrite for Guard {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if matches!(this.mode, Mode::Upgraded(_)) {
+            // Nobody may be reading while the upstream takes nothing.
+            this.look_at_tunnel(Instant::now())?;
+        }
         let result = Pin::new(&mut this.io).poll_write(cx, data);
         this.poll_written(cx, result, data)
     }
@@ -225,7 +233,7 @@ impl AsyncWrite for Guard {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let result = Pin::new(&mut this.io).poll_write_vectored(cx, slices);
-        let (Mode::Frames(watch), Poll::Ready(Ok(written))) = (&mut this.mode, &result) else {
+        let (Mode::Frames(_), Poll::Ready(Ok(written))) = (&this.mode, &result) else {
             // HTTP/1 heads are never written in pieces.
             let first = slices
                 .iter()
@@ -234,11 +242,12 @@ impl AsyncWrite for Guard {
             return this.poll_written(cx, result, first);
         };
         let mut left = *written;
-        for slice in slices {
+        let pieces = slices.iter().map(|slice| {
             let step = left.min(slice.len());
-            watch.sent(&slice[..step]);
             left -= step;
-        }
+            &slice[..step]
+        });
+        this.frames_sent(cx, pieces);
         this.writing.progressed(*written);
         result
     }

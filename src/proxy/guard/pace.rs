@@ -33,6 +33,11 @@ impl Pace {
         }
     }
 
+    /// How much longer we would wait if nothing came.
+    pub fn left(&self) -> Duration {
+        self.credit
+    }
+
     /// `bytes` were transferred.
     pub fn earn(&mut self, bytes: usize) {
         let earned = Duration::from_secs_f64(bytes as f64 / f64::from(self.limits.bytes_per_second.max(1)));
@@ -54,75 +59,96 @@ impl Pace {
     }
 }
 
-/// Waiting in one direction: a pace, and a timer that ticks only while somebody polls.
+/// Waiting in one direction: a pace, and when the wait that is going on began.
+///
+/// One timer stands for the end of the credit, so a slow client wakes nobody until its time is up: ten thousand of
+/// them cost the others nothing while they are waited for.
 pub(super) struct Waiting {
-    pub(super) pace: Pace,
-    /// Lives on after its first use, and is reset rather than made anew.
-    pub(super) timer: Option<Pin<Box<Sleep>>>,
-    pub(super) ticking_since: Option<Instant>,
+    pace: Pace,
+    since: Option<Instant>,
+    pub(super) timer: LazyTimer,
 }
 
 impl Waiting {
     pub(super) fn new(limits: PaceLimits) -> Self {
         Waiting {
             pace: Pace::new(limits),
-            timer: None,
-            ticking_since: None,
+            since: None,
+            timer: LazyTimer::default(),
         }
     }
 
+    /// Another transfer begins.
     pub(super) fn restart(&mut self) {
         self.pace = Pace::new(self.pace.limits);
-        self.ticking_since = None;
+        self.since = None;
     }
 
+    /// The wait that was going on, if any, has ended.
+    pub(super) fn end(&mut self) -> Duration {
+        self.since.take().map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// What was waited for is no longer, though nothing came: the time until now counts, what follows does not.
+    pub(super) fn pause(&mut self) {
+        let waited = self.end();
+        self.pace.spend(waited);
+    }
+
+    /// `bytes` were transferred.
     pub(super) fn progressed(&mut self, bytes: usize) {
-        if let Some(since) = self.ticking_since.take() {
-            // A tick that was never polled to its end was not spent waiting for the client: Pingora had stopped
-            // reading because the upstream was full.
-            let waited = since.elapsed().min(tick(self.pace.limits));
-            self.pace.spend(waited);
+        // What came without a wait neither costs nor earns: the credit is whole, or was spent by a wait that counted.
+        if self.since.is_some() {
+            self.pause();
             self.pace.earn(bytes);
         }
     }
 
     /// Called when nothing could be transferred. Ready once the pace is broken.
     pub(super) fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let tick = tick(self.pace.limits);
         loop {
-            let waited = ready!(self.poll_tick(cx, tick));
+            let waited = ready!(self.poll_for(cx, self.pace.credit));
             if !self.pace.spend(waited) {
                 return Poll::Ready(());
             }
         }
     }
 
-    /// Ready every `tick` while it is polled, with the time that this tick took: at most twice the tick, since a
-    /// tick that nobody polled in time was not spent waiting for the client.
-    pub(super) fn poll_tick(&mut self, cx: &mut Context<'_>, tick: Duration) -> Poll<Duration> {
-        let since = match self.ticking_since {
-            Some(since) => since,
-            None => {
-                let now = Instant::now();
-                self.ticking_since = Some(now);
-                match &mut self.timer {
-                    Some(timer) => timer.as_mut().reset(now + tick),
-                    None => self.timer = Some(Box::pin(tokio::time::sleep_until(now + tick))),
-                }
-                now
-            }
-        };
-        if let Some(timer) = &mut self.timer {
-            ready!(timer.as_mut().poll(cx));
-        }
-        self.ticking_since = None;
-        Poll::Ready(since.elapsed().min(tick * 2))
+    /// Ready when the wait that is going on, or begins now, has lasted for `patience`; says how long it was.
+    pub(super) fn poll_for(&mut self, cx: &mut Context<'_>, patience: Duration) -> Poll<Duration> {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        ready!(self.timer.poll_until(cx, since + patience));
+        Poll::Ready(self.end())
     }
 }
 
-/// Fine enough that a deadline is met within a twentieth, coarse enough to cost nothing.
-pub(super) fn tick(limits: PaceLimits) -> Duration {
-    (limits.grace / 20).clamp(Duration::from_millis(5), Duration::from_millis(500))
+/// A timer that is rarely reset: where its deadline moves away, it fires at the old one first, and only then is it set
+/// to the one that holds. Between two requests on a busy connection it usually has not fired yet.
+#[derive(Default)]
+pub(in crate::proxy) struct LazyTimer(Option<Pin<Box<Sleep>>>);
+
+impl LazyTimer {
+    /// Ready at `deadline`.
+    pub(in crate::proxy) fn poll_until(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
+        let timer = self
+            .0
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        if timer.deadline() > deadline || timer.is_elapsed() {
+            timer.as_mut().reset(deadline);
+        }
+        loop {
+            ready!(timer.as_mut().poll(cx));
+            if timer.deadline() >= deadline {
+                return Poll::Ready(());
+            }
+            timer.as_mut().reset(deadline);
+        }
+    }
+
+    /// Waits until `deadline`.
+    pub(in crate::proxy) async fn until(&mut self, deadline: Instant) {
+        std::future::poll_fn(|cx| self.poll_until(cx, deadline)).await;
+    }
 }
 
 #[cfg(test)]

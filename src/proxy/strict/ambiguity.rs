@@ -120,26 +120,3 @@ ambiguities! {
 }
 
 impl std::error::Error for Ambiguity {}
-
-/// Checks the head of an HTTP/1 request while it comes in.
-///
-/// Each line is looked at once, when it is complete, however the head is cut up: a head that drips in byte by byte
-/// costs no more than one that comes whole.
-#[derive(Clone, Debug)]
-pub struct HeadCheck {
-    limits: HeadLimits,
-    /// Where the line starts that is not yet checked.
-    line_start: usize,
-    /// Up to where no line feed was found.
-    searched: usize,
-    fields: usize,
-    version_10: bool,
-    has_request_line: bool,
-    host: Option<(usize, usize)>,
-    /// The authority of an absolute-form target; such a target is refused, but the reason depends on `Host`.
-    absolute: Option<(usize, usize)>,
-    length: Option<u64>,
-    chunked: bool,
-    upgrade_field: bool,
-    upgrade_option: bool,
-}
