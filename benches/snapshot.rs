@@ -46,7 +46,7 @@ fn settled_kib() -> u64 {
     // mimalloc waits up to ten seconds for memory to be wanted again.
     for _ in 0..120 {
         std::thread::sleep(Duration::from_millis(100));
-        black_box(vec![0_u8; 4096]);
+        black_box(vec![0_u8; 1 << 20]);
     }
     memory_kib("VmRSS")
 }

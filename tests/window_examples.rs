@@ -100,14 +100,14 @@ fn a_changed_limit_applies_at_once_to_what_is_counted() {
 #[test]
 fn a_window_too_small_for_its_limit_says_so_and_moves_without_loss() {
     for (fits, outgrown, bytes) in [
-        (63, 64, 128),
-        (1_023, 1_024, 192),
-        (32_767, 32_768, 320),
-        (Limit::MAX_PERMITS, 0, 512),
+        (63, 64, 144),
+        (1_023, 1_024, 208),
+        (32_767, 32_768, 288),
+        (Limit::MAX_PERMITS, 0, 528),
     ] {
         let small = limit(fits, 60_000);
         let window = Window::new(small, T0);
-        assert_eq!(window.heap_bytes(), bytes);
+        assert_eq!(window.bytes(), bytes);
         assert_eq!(window.take(small, fits, T0).unwrap().remaining, 0);
         assert!(
             window.take(small, 1, T0 + 59 * S).is_err(),

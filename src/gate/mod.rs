@@ -1,51 +1,60 @@
 //! The decision: may this request pass?
 //!
-//! Synchronous, no I/O, no allocation once a key has been seen in a tier, no HTTP server. [`Gate::check`] is section 2
-//! of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `slots`), `route`,
-//! `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`, `update`, `usage`.
+//! Synchronous, no I/O, no allocation once a key has been seen in a tier, no lock, no HTTP server. [`Gate::check`] is
+//! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `slots` and
+//! `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
+//! `update` and `resync` (with `writer` and `retired`), `usage`.
 
 pub mod credential;
 pub mod key;
 pub mod limit;
 mod policy;
 mod quota;
+mod resync;
+mod retired;
 mod route;
 mod scope;
 mod slots;
 mod snapshot;
 mod sync;
+mod terms;
 mod throttle;
 mod update;
 mod usage;
 mod verdict;
 pub mod window;
+mod writer;
 
 pub use policy::{
     AccessSettings, DEFAULT_TIER, EnvironmentSettings, FailedAttemptsSettings, PlanSettings, RouteSettings, Settings,
     SettingsError,
 };
+pub use resync::Resync;
 pub use route::{Access, Pattern, PublicLimit, RequiredScope, Route, Tier};
-pub use snapshot::{KeyError, KeyUpdate, SecretUpdate};
-pub use update::Resync;
+pub use update::{KeyError, KeyUpdate, SecretUpdate};
 pub use usage::{PermitUse, RefusalUse, SecretUse, WindowState};
 pub use verdict::{Holder, IdentityHeaders, Permit, PermitTicket, REASON_CODES, RateStatus, Reason, Refusal};
 
 use crate::clock::Now;
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::{ArcSwap, Guard};
 use credential::NoCredential;
 use http::{HeaderMap, Method};
 use key::SecretDigest;
 use limit::Limit;
 use policy::{NameTables, Plan, Policy};
 use quota::{GivenBack, InFlight, KeyWindows, Outcome};
+use retired::Retired;
 use scope::NameId;
 use slots::{Mark, Slot, SlotId, Slots};
-use snapshot::{Snapshot, Terms, Writer};
+use snapshot::InForce;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use terms::Terms;
 use throttle::{AddressWindows, FailedAttempts};
 use usage::{Leftovers, RefusalCounts};
+use verdict::Counted;
+use writer::Writer;
 
 /// What the decision looks at: the head of a request that was found unambiguous.
 #[derive(Clone, Copy, Debug)]
@@ -65,13 +74,14 @@ pub struct RequestHead<'a> {
 /// Decides for each request whether it may pass.
 #[derive(Debug)]
 pub struct Gate {
-    policy: ArcSwap<Policy>,
-    snapshot: ArcSwapOption<Snapshot>,
+    in_force: ArcSwap<InForce>,
     stale: AtomicBool,
     slots: Slots,
     names: NameTables,
     /// Absent while a resync has it.
     writer: Mutex<Option<Box<Writer>>>,
+    /// What was in force and is still being looked at. Locked for a moment by whoever puts something else in force.
+    retired: Mutex<Retired>,
     /// Held while slots are given back, and while counts are read from them. Taken after the writer's lock, and not for
     /// as long as a resync is being built: counts must not wait for a slow snapshot.
     reclaiming: Mutex<()>,
@@ -89,12 +99,15 @@ impl Gate {
     pub fn new(settings: Settings) -> Result<Self, SettingsError> {
         let names = NameTables::default();
         Ok(Gate {
-            policy: ArcSwap::from_pointee(Policy::compile(settings, &names)?),
-            snapshot: ArcSwapOption::empty(),
+            in_force: ArcSwap::from_pointee(InForce {
+                policy: Arc::new(Policy::compile(settings, &names)?),
+                snapshot: None,
+            }),
             stale: AtomicBool::new(false),
             slots: Slots::new(),
             names,
             writer: Mutex::new(Some(Box::new(Writer::new()))),
+            retired: Mutex::default(),
             reclaiming: Mutex::new(()),
             attempts: FailedAttempts::new(),
             addresses: AddressWindows::new(),
@@ -108,7 +121,8 @@ impl Gate {
     /// # Errors
     /// [`SettingsError`]; the old settings then stay in force.
     pub fn reload(&self, settings: Settings) -> Result<(), SettingsError> {
-        self.policy.store(Arc::new(Policy::compile(settings, &self.names)?));
+        let policy = Arc::new(Policy::compile(settings, &self.names)?);
+        self.put_in_force(|in_force| in_force.policy = policy, vec![]);
         Ok(())
     }
 
@@ -120,38 +134,35 @@ impl Gate {
 
     /// Whether requests with keys can be decided.
     pub fn is_ready(&self) -> bool {
-        self.snapshot.load().is_some() && !self.stale.load(Relaxed)
+        self.in_force.load().snapshot.is_some() && !self.stale.load(Relaxed)
     }
 
     /// Whether this secret is in the snapshot in force, whatever state its key is in.
     pub fn has_secret(&self, secret: &[u8]) -> bool {
-        let snapshot = self.snapshot.load();
-        snapshot
-            .as_ref()
-            .is_some_and(|keys| keys.with(&self.slots, &SecretDigest::of(secret), |_, _| ()).is_some())
+        let in_force = self.in_force.load();
+        let snapshot = in_force.snapshot.as_ref();
+        snapshot.is_some_and(|keys| keys.find(&self.slots, &SecretDigest::of(secret)).is_some())
     }
 
     /// Whether a permit that was given earlier would still be given but for its limits: for connections that outlive
     /// their request. A public rule's always would.
     pub fn still_permits(&self, permit: &PermitTicket, now: Now) -> bool {
         let Some(secret) = &permit.0 else { return true };
-        let snapshot = self.snapshot.load();
-        let holds = |_: SlotId, slot: &Slot| {
-            let terms = slot.terms.load();
-            terms.as_ref().is_some_and(|terms| {
-                let ends_ms = terms.not_after_ms.min(terms.expires_at_ms);
-                !terms.revoked && !terms.disabled && now.unix_ms < ends_ms
-            })
-        };
-        snapshot
+        let in_force = self.in_force.load();
+        let found = in_force
+            .snapshot
             .as_ref()
-            .and_then(|keys| keys.with(&self.slots, secret, holds))
-            .unwrap_or(false)
+            .and_then(|keys| keys.find(&self.slots, secret));
+        found.is_some_and(|(_, slot)| {
+            let terms = slot.terms.load();
+            let held = terms.as_ref().filter(|_| slot.holds(secret));
+            held.is_some_and(|terms| terms.state(now).is_none())
+        })
     }
 
     /// Whether an `Authorization` value carries what could be one of our keys.
     pub fn is_bearer_key(&self, authorization: &[u8]) -> bool {
-        credential::bearer_token(authorization).is_some_and(|token| self.policy.load().forms.admits(token))
+        credential::bearer_token(authorization).is_some_and(|token| self.in_force.load().policy.forms.admits(token))
     }
 
     /// Decides. The first step that fails answers; a refused request spends nothing.
@@ -159,7 +170,8 @@ impl Gate {
     /// # Errors
     /// A [`Refusal`], with what the client needs to act on it.
     pub fn check(&self, request: &RequestHead<'_>, now: Now) -> Result<Permit, Refusal> {
-        let policy = self.policy.load();
+        let in_force = self.in_force.load();
+        let policy = &*in_force.policy;
         let route = policy
             .routes
             .find(request.host, request.path, request.method)
@@ -172,13 +184,13 @@ impl Gate {
                 environments,
             } => {
                 let rule = Rule {
-                    policy: &policy,
+                    policy,
                     route,
                     scope: scope.as_ref(),
                     tier,
                     environments: environments.as_ref(),
                 };
-                self.check_keyed(&rule, request, now)
+                self.check_keyed(&in_force, &rule, request, now)
             }
         };
         decided.inspect_err(|refusal| {
@@ -196,11 +208,10 @@ impl Gate {
         client: IpAddr,
         now: Now,
     ) -> Result<Permit, Refusal> {
-        let rate = match limit {
+        let counted = match limit {
             None => None,
             Some(PublicLimit { limit, tier }) => {
-                let status = |remaining, reset_s| RateStatus {
-                    tier: tier.clone(),
+                let status = |remaining, reset_s| Counted {
                     limit: *limit,
                     remaining,
                     reset_s,
@@ -216,7 +227,7 @@ impl Gate {
                             reason: Reason::RateLimited { retry_after_s },
                             route: Some(route.clone()),
                             holder: None,
-                            rate: Some(status(0, reset_s)),
+                            counted: Some(status(0, reset_s)),
                         });
                     }
                 }
@@ -225,7 +236,7 @@ impl Gate {
         Ok(Permit {
             route: route.clone(),
             holder: None,
-            rate,
+            counted,
             credential_in_authorization: false,
             sandbox: false,
             secret: None,
@@ -233,7 +244,13 @@ impl Gate {
         })
     }
 
-    fn check_keyed(&self, rule: &Rule<'_>, request: &RequestHead<'_>, now: Now) -> Result<Permit, Refusal> {
+    fn check_keyed(
+        &self,
+        in_force: &InForce,
+        rule: &Rule<'_>,
+        request: &RequestHead<'_>,
+        now: Now,
+    ) -> Result<Permit, Refusal> {
         let presented = credential::find(request.headers).map_err(|none| {
             rule.refusal(match none {
                 NoCredential::Missing => Reason::MissingKey,
@@ -244,48 +261,37 @@ impl Gate {
             return Err(rule.refusal(self.failed_attempt(rule, request.client, Reason::MalformedKey, now)));
         }
         let digest = SecretDigest::of(presented.bytes());
-        let snapshot = self.snapshot.load();
-        let Some(snapshot) = snapshot.as_ref().filter(|_| !self.stale.load(Relaxed)) else {
+        let Some(snapshot) = in_force.snapshot.as_ref().filter(|_| !self.stale.load(Relaxed)) else {
             return Err(rule.refusal(Reason::NotReady));
         };
-        let decided = snapshot.with(&self.slots, &digest, |_, secret| {
-            let terms = secret.terms.load();
-            let owner = secret.owner.load(Relaxed);
-            let (Some(terms), Some(key)) = (&*terms, self.slots.get(owner)) else {
-                // A linked slot has terms and an owner; were it not so, the key could not be vouched for.
-                return Err(rule.refusal(Reason::UnknownKey));
-            };
-            let mut permit = self.check_key(rule, owner, key, terms, now)?;
-            secret.last_used_s.store((now.unix_ms / 1000) as u32, Relaxed);
-            permit.credential_in_authorization = presented.in_authorization();
-            permit.secret = Some(digest);
-            Ok(permit)
-        });
-        match decided {
-            Some(decided) => decided,
-            None => Err(rule.refusal(self.failed_attempt(rule, request.client, Reason::UnknownKey, now))),
-        }
+        let unknown = || Err(rule.refusal(self.failed_attempt(rule, request.client, Reason::UnknownKey, now)));
+        let Some((id, secret)) = snapshot.find(&self.slots, &digest) else {
+            return unknown();
+        };
+        let terms = secret.terms.load();
+        // A slot in use has terms and an owner; were it not so, the key could not be vouched for. The second look at the
+        // digest is for terms of another secret that came into this slot between the first and the terms.
+        let key = secret.owner(id).and_then(|owner| Some((owner, self.slots.get(owner)?)));
+        let (Some(terms), Some((owner, slot)), true) = (&*terms, key, secret.holds(&digest)) else {
+            return unknown();
+        };
+        let key = Key { owner, slot, terms };
+        let mut permit = self.check_key(rule, &key, now)?;
+        secret.last_used_s.store((now.unix_ms / 1000) as u32, Relaxed);
+        permit.credential_in_authorization = presented.in_authorization();
+        permit.secret = Some(digest);
+        Ok(permit)
     }
 
     /// The steps that need the key: its state, its environment and scopes, its limits.
     #[inline]
-    fn check_key(
-        &self,
-        rule: &Rule<'_>,
-        owner: SlotId,
-        key: &Slot,
-        terms: &Arc<Terms>,
-        now: Now,
-    ) -> Result<Permit, Refusal> {
-        let refuse = |reason| Err(rule.refusal_of(reason, key, terms));
-        if terms.revoked || now.unix_ms >= terms.not_after_ms {
-            return refuse(Reason::RevokedKey);
-        }
-        if now.unix_ms >= terms.expires_at_ms {
-            return refuse(Reason::ExpiredKey);
-        }
-        if terms.disabled {
-            return refuse(Reason::DisabledKey);
+    fn check_key(&self, rule: &Rule<'_>, key: &Key<'_>, now: Now) -> Result<Permit, Refusal> {
+        let terms = key.terms;
+        let refuse = |reason| Err(rule.refusal_of(reason, key));
+        // Asked for before the terms are looked at: both are likely to be far away, and come at once.
+        let windows = key.slot.windows.load();
+        if let Some(reason) = terms.state(now) {
+            return refuse(reason);
         }
         if rule
             .environments
@@ -301,14 +307,11 @@ impl Gate {
             // Every tier of a compiled policy has a limit in every plan of it.
             return refuse(Reason::NotReady);
         };
-        let (rate, in_flight) = self.take_permit(rule, owner, key, terms, plan, limit, now)?;
+        let (counted, in_flight) = self.take_permit(rule, key, windows, plan, limit, now)?;
         Ok(Permit {
             route: rule.route.clone(),
-            holder: Some(Holder {
-                id: key.key_id(),
-                terms: terms.clone(),
-            }),
-            rate: Some(rate),
+            holder: Some(key.holder()),
+            counted: Some(counted),
             credential_in_authorization: false,
             sandbox: rule.policy.sandboxes.contains(terms.environment_id),
             secret: None,
@@ -316,70 +319,64 @@ impl Gate {
         })
     }
 
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "the parts of one decision, each read once by the caller"
-    )]
+    #[inline]
     fn take_permit(
         &self,
         rule: &Rule<'_>,
-        owner: SlotId,
-        key: &Slot,
-        terms: &Arc<Terms>,
+        key: &Key<'_>,
+        mut loaded: Guard<Option<Arc<KeyWindows>>>,
         plan: &Plan,
         limit: Limit,
         now: Now,
-    ) -> Result<(RateStatus, Option<InFlight>), Refusal> {
+    ) -> Result<(Counted, Option<InFlight>), Refusal> {
         let tier = rule.tier.id;
-        let status = |remaining, reset_s| RateStatus {
-            tier: rule.tier.clone(),
+        let status = |remaining, reset_s| Counted {
             limit,
             remaining,
             reset_s,
         };
         let limited = |retry_after_s, reset_s| {
-            let mut refusal = rule.refusal_of(Reason::RateLimited { retry_after_s }, key, terms);
-            refusal.rate = Some(status(0, reset_s));
+            let mut refusal = rule.refusal_of(Reason::RateLimited { retry_after_s }, key);
+            refusal.counted = Some(status(0, reset_s));
             refusal
         };
         loop {
-            let loaded = key.windows.load();
             let made;
             let windows = match &*loaded {
                 Some(windows) => windows,
                 None => {
-                    made = self.windows_of(owner, key, tier, limit, now);
+                    made = self.windows_of(key.owner, key.slot, tier, limit, now);
                     &made
                 }
             };
             // The place under the cap is reserved before the permit is taken, because a permit cannot be given back.
             let entered = plan.max_in_flight.map(|cap| windows.enter(cap));
-            if entered == Some(false) {
-                return match windows.peek(tier, limit, now.elapsed_ns) {
-                    Err(GivenBack) => {
-                        key.windows.compare_and_swap(&loaded, None);
-                        continue;
-                    }
-                    Ok(Some(Outcome::Limited { retry_after_s, reset_s })) => Err(limited(retry_after_s, reset_s)),
-                    Ok(_) => Err(rule.refusal_of(Reason::TooManyInFlight, key, terms)),
-                };
-            }
-            let in_flight = entered.map(|_| InFlight::entered(windows.clone()));
-            match windows.take(tier, limit, now.elapsed_ns) {
-                Err(GivenBack) => {
-                    // Whoever gives windows back takes them out of the slot next; nobody waits for it.
-                    key.windows.compare_and_swap(&loaded, None);
+            let in_flight = (entered == Some(true)).then(|| InFlight::entered(windows.clone()));
+            let outcome = if entered == Some(false) {
+                match windows.peek(tier, limit, now.elapsed_ns) {
+                    Ok(None) => return Err(rule.refusal_of(Reason::TooManyInFlight, key)),
+                    Ok(Some(refused)) => Ok(refused),
+                    Err(GivenBack) => Err(GivenBack),
                 }
-                Ok(Outcome::Limited { retry_after_s, reset_s }) => {
-                    self.slots.mark(owner, Mark::Permits);
-                    return Err(limited(retry_after_s, reset_s));
-                }
+            } else {
+                windows.take(tier, limit, now.elapsed_ns)
+            };
+            match outcome {
                 Ok(Outcome::Taken { taken, newly_active }) => {
                     if newly_active {
-                        self.slots.mark(owner, Mark::Permits);
-                        self.slots.mark(owner, Mark::Windows);
+                        self.slots.mark(key.owner, Mark::Permits);
+                        self.slots.mark(key.owner, Mark::Windows);
                     }
                     return Ok((status(taken.remaining, taken.reset_s), in_flight));
+                }
+                Ok(Outcome::Limited { retry_after_s, reset_s }) => {
+                    self.slots.mark(key.owner, Mark::Permits);
+                    return Err(limited(retry_after_s, reset_s));
+                }
+                Err(GivenBack) => {
+                    // Whoever gives windows back takes them out of the slot next; nobody waits for it.
+                    key.slot.windows.compare_and_swap(&loaded, None);
+                    loaded = key.slot.windows.load();
                 }
             }
         }
@@ -419,22 +416,38 @@ struct Rule<'a> {
     environments: Option<&'a scope::NameSet>,
 }
 
+/// The key that a request carries.
+struct Key<'a> {
+    owner: SlotId,
+    /// The owner slot.
+    slot: &'a Slot,
+    /// What is said of the secret that was presented.
+    terms: &'a Arc<Terms>,
+}
+
+impl Key<'_> {
+    #[inline]
+    fn holder(&self) -> Holder {
+        Holder {
+            id: self.slot.key_id(),
+            terms: self.terms.clone(),
+        }
+    }
+}
+
 impl Rule<'_> {
     fn refusal(&self, reason: Reason) -> Refusal {
         Refusal {
             reason,
             route: Some(self.route.clone()),
             holder: None,
-            rate: None,
+            counted: None,
         }
     }
 
-    fn refusal_of(&self, reason: Reason, key: &Slot, terms: &Arc<Terms>) -> Refusal {
+    fn refusal_of(&self, reason: Reason, key: &Key<'_>) -> Refusal {
         Refusal {
-            holder: Some(Holder {
-                id: key.key_id(),
-                terms: terms.clone(),
-            }),
+            holder: Some(key.holder()),
             ..self.refusal(reason)
         }
     }

@@ -22,29 +22,55 @@ use arc_swap::ArcSwapOption;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// The windows of one key.
+/// The windows of one key: one cache line, which no other key's share, and the rings behind it.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub(super) struct KeyWindows {
     first: TierWindow,
+    more: ArcSwapOption<Node>,
     /// Requests under way. Relaxed everywhere: it is a counter that guards no other memory.
     in_flight: AtomicU32,
-    more: ArcSwapOption<Node>,
+    first_tier: NameId,
 }
 
 #[derive(Debug)]
+#[repr(C)]
 struct TierWindow {
     window: Window,
-    tier: NameId,
-    /// Permits given and not yet drained by the meter. Relaxed: nothing is read on the strength of it.
-    permits: AtomicU64,
-    refused: AtomicU64,
+    undrained: Undrained,
 }
 
 #[derive(Debug)]
 struct Node {
+    tier: NameId,
     /// `None` in the sentinel that says these windows are given back.
     own: Option<TierWindow>,
     next: Option<Arc<Node>>,
+}
+
+/// `[refusals:28 | permits:36]` that the meter has not drained yet. It comes every second; 2^36 permits of one key are
+/// 19 hours at a million a second. Relaxed: nothing is read on the strength of it.
+#[derive(Debug, Default)]
+struct Undrained(AtomicU64);
+
+impl Undrained {
+    const PERMITS: u32 = 36;
+
+    /// Counts a permit. Whether there was nothing before it.
+    #[inline]
+    fn add_permit(&self) -> bool {
+        self.0.fetch_add(1, Ordering::Relaxed) == 0
+    }
+
+    fn add_refusal(&self) {
+        self.0.fetch_add(1 << Self::PERMITS, Ordering::Relaxed);
+    }
+
+    /// Takes permits and refusals.
+    fn take(&self) -> (u64, u64) {
+        let counts = self.0.swap(0, Ordering::Relaxed);
+        (counts & ((1 << Self::PERMITS) - 1), counts >> Self::PERMITS)
+    }
 }
 
 /// The windows were given back: look the key's slot up again.
@@ -69,9 +95,10 @@ impl KeyWindows {
     /// Windows of a key that is first used in this tier now.
     pub fn new(tier: NameId, limit: Limit, now_ns: u64) -> Self {
         KeyWindows {
-            first: TierWindow::new(tier, Window::new(limit, now_ns)),
-            in_flight: AtomicU32::new(0),
+            first: TierWindow::new(Window::new(limit, now_ns)),
             more: ArcSwapOption::empty(),
+            in_flight: AtomicU32::new(0),
+            first_tier: tier,
         }
     }
 
@@ -81,12 +108,12 @@ impl KeyWindows {
         self.on_window(tier, limit, now_ns, |own| {
             Ok(match own.window.take(limit, 1, now_ns) {
                 Ok(taken) => {
-                    let newly_active = own.permits.fetch_add(1, Ordering::Relaxed) == 0;
+                    let newly_active = own.undrained.add_permit();
                     Outcome::Taken { taken, newly_active }
                 }
                 Err(refused) => {
                     let limited = limited(refused)?;
-                    own.refused.fetch_add(1, Ordering::Relaxed);
+                    own.undrained.add_refusal();
                     limited
                 }
             })
@@ -112,7 +139,7 @@ impl KeyWindows {
     ) -> Result<R, GivenBack> {
         // A window is closed before it has a successor and before it is given back, so one that serves is the newest,
         // and `more` need not be looked at.
-        if self.first.tier == tier
+        if self.first_tier == tier
             && let Ok(result) = act(&self.first)
         {
             return Ok(result);
@@ -135,7 +162,7 @@ impl KeyWindows {
             {
                 return Err(GivenBack);
             }
-            let found = newest(head.as_ref(), tier).or_else(|| (self.first.tier == tier).then_some(&self.first));
+            let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier == tier).then_some(&self.first));
             if let Some(own) = found
                 && let Ok(result) = act(own)
             {
@@ -146,7 +173,8 @@ impl KeyWindows {
                 None => Window::new(limit, now_ns),
             };
             let node = Node {
-                own: Some(TierWindow::new(tier, window)),
+                tier,
+                own: Some(TierWindow::new(window)),
                 next: head.clone(),
             };
             // Failing means that another thread pushed first: search again, and drop ours.
@@ -169,24 +197,28 @@ impl KeyWindows {
 
     /// Takes the counts of permits and refusals since the last call.
     pub fn drain(&self, mut each: impl FnMut(NameId, u64, u64)) {
-        self.for_each(|own| {
-            let counts = (
-                own.permits.swap(0, Ordering::Relaxed),
-                own.refused.swap(0, Ordering::Relaxed),
-            );
-            if counts != (0, 0) {
-                each(own.tier, counts.0, counts.1);
+        self.for_each(|tier, own| {
+            let (permits, refused) = own.undrained.take();
+            if (permits, refused) != (0, 0) {
+                each(tier, permits, refused);
             }
         });
+    }
+
+    /// Whether the meter has been told of everything.
+    pub fn is_drained(&self) -> bool {
+        let mut drained = true;
+        self.for_each(|_, own| drained = drained && own.undrained.0.load(Ordering::Relaxed) == 0);
+        drained
     }
 
     /// The counts of every tier's newest window.
     pub fn export(&self, now_ns: u64, mut each: impl FnMut(NameId, u64, WindowCounts)) {
         let mut seen: Vec<NameId> = vec![];
-        self.for_each(|own| {
-            if !seen.contains(&own.tier) {
-                seen.push(own.tier);
-                each(own.tier, own.window.window_ms(), own.window.export(now_ns));
+        self.for_each(|tier, own| {
+            if !seen.contains(&tier) {
+                seen.push(tier);
+                each(tier, own.window.window_ms(), own.window.export(now_ns));
             }
         });
     }
@@ -198,14 +230,15 @@ impl KeyWindows {
             if head.as_ref().is_some_and(|node| node.own.is_none()) {
                 return Err(GivenBack);
             }
-            let found = newest(head.as_ref(), tier).or_else(|| (self.first.tier == tier).then_some(&self.first));
+            let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier == tier).then_some(&self.first));
             let mut all = counts.clone();
             if let Some(own) = found {
                 all.merge(&own.window.close_and_export());
             }
             let window = Window::import(limit, &all, now_ns);
             let node = Node {
-                own: Some(TierWindow::new(tier, window)),
+                tier,
+                own: Some(TierWindow::new(window)),
                 next: head.clone(),
             };
             let before = self.more.compare_and_swap(&head, Some(Arc::new(node)));
@@ -223,11 +256,12 @@ impl KeyWindows {
         }
         let head = self.more.load_full();
         let mut all_idle = true;
-        self.for_each(|own| all_idle = all_idle && own.window.retire_if_idle(now_ns));
+        self.for_each(|_, own| all_idle = all_idle && own.window.retire_if_idle(now_ns));
         if !all_idle {
             return false;
         }
         let closed = Arc::new(Node {
+            tier: self.first_tier,
             own: None,
             next: head.clone(),
         });
@@ -235,16 +269,16 @@ impl KeyWindows {
         same(before.as_ref(), head.as_ref())
     }
 
-    fn for_each(&self, mut each: impl FnMut(&TierWindow)) {
+    fn for_each(&self, mut each: impl FnMut(NameId, &TierWindow)) {
         let head = self.more.load();
         let mut next = head.as_ref();
         while let Some(node) = next {
             if let Some(own) = &node.own {
-                each(own);
+                each(node.tier, own);
             }
             next = node.next.as_ref();
         }
-        each(&self.first);
+        each(self.first_tier, &self.first);
     }
 }
 
@@ -267,7 +301,7 @@ fn newest(head: Option<&Arc<Node>>, tier: NameId) -> Option<&TierWindow> {
     let mut next = head;
     while let Some(node) = next {
         if let Some(own) = &node.own
-            && own.tier == tier
+            && node.tier == tier
         {
             return Some(own);
         }
@@ -285,12 +319,10 @@ fn same(one: Option<&Arc<Node>>, other: Option<&Arc<Node>>) -> bool {
 }
 
 impl TierWindow {
-    fn new(tier: NameId, window: Window) -> Self {
+    fn new(window: Window) -> Self {
         TierWindow {
             window,
-            tier,
-            permits: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
+            undrained: Undrained::default(),
         }
     }
 }
@@ -309,5 +341,26 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_permit_touches_is_one_cache_line() {
+        assert_eq!((size_of::<KeyWindows>(), align_of::<KeyWindows>()), (64, 64));
+    }
+
+    #[test]
+    fn permits_and_refusals_are_drained_once() {
+        let undrained = Undrained::default();
+        assert!(undrained.add_permit());
+        assert!(!undrained.add_permit());
+        undrained.add_refusal();
+        assert_eq!(undrained.take(), (2, 1));
+        assert_eq!(undrained.take(), (0, 0));
+        assert!(undrained.add_permit());
     }
 }

@@ -29,6 +29,16 @@ pub struct Route {
     pub upgrade: bool,
 }
 
+impl Route {
+    /// The tier that requests under this rule are counted in, if in any.
+    pub fn tier(&self) -> Option<&Tier> {
+        match &self.access {
+            Access::Public(limit) => limit.as_ref().map(|limit| &*limit.tier),
+            Access::Keyed { tier, .. } => Some(tier),
+        }
+    }
+}
+
 /// Who may pass a rule.
 #[derive(Debug)]
 pub enum Access {

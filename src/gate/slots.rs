@@ -1,26 +1,36 @@
-//! The memory of the keys: one 88-byte slot per secret, in chunks that never move, named by a number.
-//!
-//! A slot is found through the snapshot's map and read under that map's shard lock; a writer unlinks a slot from
-//! the map, under the same lock, before it writes the slot's plain fields again. That gives every Relaxed load in
-//! here its happens-before. What changes while a slot is linked changes through one atomic pointer: `terms` (all
-//! that may be said of the secret, at once) and `windows`.
+//! The memory of the keys: one 80-byte slot per secret, in chunks that never move, named by a number.
 //!
 //! Slots outlive snapshots, because windows do. The first secret of a key lies in the key's *owner* slot, which also
 //! holds the key's id and windows; further secrets (a rotation's) lie in slots that point to it.
+//!
+//! # Who may touch what
+//! A reader finds a slot by what is in force (`snapshot.rs`) and holds on to that for one decision. A writer works on
+//! slots that readers are in, so:
+//! - what changes while a slot is in use changes through one atomic pointer each: `terms` (all that may be said of the
+//!   secret, at once) and `windows`;
+//! - a secret is taken out by zeroing its digest, and put in with the digest last. The words of a digest are stored with
+//!   release and loaded with acquire, so whoever finds all of a digest finds the terms that were stored before it, or
+//!   later ones of the same secret. One that is caught half-way matches nobody's secret;
+//! - whoever found a digest looks at it once more after loading the terms: were the secret replaced meanwhile by another
+//!   one of the same key, the terms might be the other's, and then the digest is another, too;
+//! - a slot is given to another key only after the last reader who could be in it has left (`retired.rs`).
 
 use super::key::{KeyId, SecretDigest};
 use super::quota::KeyWindows;
-use super::snapshot::Terms;
+use super::terms::Terms;
 use arc_swap::ArcSwapOption;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
+use std::sync::{Arc, OnceLock};
 
 /// The number of a slot.
 pub(super) type SlotId = u32;
 /// No slot.
 pub(super) const NONE: SlotId = u32::MAX;
 
-/// 22 × 64 KiB of slots, whole units of the allocator's: with 4,096 slots a chunk a tenth of the memory was lost in its
+/// 20 × 64 KiB of slots, whole units of the allocator's: with 4,096 slots a chunk a tenth of the memory was lost in its
 /// rounding.
 const CHUNK: usize = 16_384;
 /// 16,384 × 4,096 = 67 million secrets. A bound, so that the table of chunks never has to move.
@@ -42,19 +52,17 @@ struct Chunk {
 
 /// One secret, and the key itself where it is the owner.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Slot {
     digest: [AtomicU64; 4],
-    id: [AtomicU64; 3],
-    /// The slot of the key: this one, if it is the owner.
-    pub owner: AtomicU32,
+    /// What kind of slot it is, in the first byte, and the id of the key or the number of its owner slot.
+    name: [AtomicU64; 3],
+    pub terms: ArcSwapOption<Terms>,
+    pub windows: ArcSwapOption<KeyWindows>,
     /// The key's next secret; used by writers only.
     pub sibling: AtomicU32,
     /// Unix time of the last permit, in seconds; 0 for none yet.
     pub last_used_s: AtomicU32,
-    /// 1 while a map leads here; used by writers only.
-    pub linked: AtomicU32,
-    pub terms: ArcSwapOption<Terms>,
-    pub windows: ArcSwapOption<KeyWindows>,
 }
 
 /// Which slots of a chunk have something to tell.
@@ -165,16 +173,16 @@ impl Bitmap {
 
 impl Slot {
     fn empty() -> Self {
-        Slot {
+        let slot = Slot {
             digest: Default::default(),
-            id: Default::default(),
-            owner: AtomicU32::new(NONE),
-            sibling: AtomicU32::new(NONE),
-            last_used_s: AtomicU32::new(0),
-            linked: AtomicU32::new(0),
+            name: Default::default(),
             terms: ArcSwapOption::empty(),
             windows: ArcSwapOption::empty(),
-        }
+            sibling: AtomicU32::new(NONE),
+            last_used_s: AtomicU32::new(0),
+        };
+        slot.set_name([FREE; 24]);
+        slot
     }
 
     /// Whether this slot holds the secret with this digest.
@@ -183,54 +191,90 @@ impl Slot {
         words(digest)
             .iter()
             .zip(&self.digest)
-            .all(|(word, held)| *word == held.load(Relaxed))
+            .fold(true, |same, (word, held)| same & (*word == held.load(Acquire)))
     }
 
-    /// The digest of the slot's secret.
+    /// Whether a secret lies in the slot at all.
+    pub fn holds_secret(&self) -> bool {
+        self.digest() != SecretDigest::NONE
+    }
+
+    /// The digest of the slot's secret, or [`SecretDigest::NONE`].
     pub fn digest(&self) -> SecretDigest {
         let mut bytes = [0; 32];
         for (chunk, word) in bytes.chunks_exact_mut(8).zip(&self.digest) {
-            chunk.copy_from_slice(&word.load(Relaxed).to_ne_bytes());
+            chunk.copy_from_slice(&word.load(Acquire).to_ne_bytes());
         }
         SecretDigest(bytes)
     }
 
-    /// Puts a secret in; only while the slot is not linked.
-    pub fn set_digest(&self, digest: &SecretDigest) {
+    /// Puts a secret in.
+    pub fn put(&self, digest: &SecretDigest, terms: Arc<Terms>) {
+        self.terms.store(Some(terms));
+        self.set_digest(digest);
+    }
+
+    /// Takes the secret out: nobody finds it from now on, whatever map still leads here.
+    pub fn take_out(&self) {
+        self.set_digest(&SecretDigest::NONE);
+        self.last_used_s.store(0, Relaxed);
+    }
+
+    fn set_digest(&self, digest: &SecretDigest) {
         for (word, held) in words(digest).iter().zip(&self.digest) {
-            held.store(*word, Relaxed);
+            held.store(*word, Release);
         }
+    }
+
+    /// The slot of the key that this slot, whose number is `own`, belongs to: itself if it is the owner. `None` if the
+    /// slot is free.
+    #[inline]
+    pub fn owner(&self, own: SlotId) -> Option<SlotId> {
+        let word = self.name[0].load(Relaxed).to_ne_bytes();
+        match word[0] {
+            FREE => None,
+            OF_ANOTHER => Some(SlotId::from_ne_bytes([word[4], word[5], word[6], word[7]])),
+            _ => Some(own),
+        }
+    }
+
+    /// Makes it a slot for one more secret of the key in slot `owner`.
+    pub fn set_owner(&self, owner: SlotId) {
+        let mut name = [OF_ANOTHER; 24];
+        name[4..8].copy_from_slice(&owner.to_ne_bytes());
+        self.set_name(name);
     }
 
     /// The id of the key; only of an owner slot. Ids beyond [`KeyId::INLINE`] bytes lie in the terms.
     #[inline]
     pub fn key_id(&self) -> KeyId {
         let mut bytes = [0; 24];
-        for (chunk, word) in bytes.chunks_exact_mut(8).zip(&self.id) {
+        for (chunk, word) in bytes.chunks_exact_mut(8).zip(&self.name) {
             chunk.copy_from_slice(&word.load(Relaxed).to_ne_bytes());
         }
         let [len, inline @ ..] = bytes;
-        if len == LONG_ID {
-            let terms = self.terms.load();
-            return terms
-                .as_ref()
-                .and_then(|terms| terms.long_id.clone())
-                .map_or_else(|| "".into(), KeyId::Shared);
+        if usize::from(len) <= KeyId::INLINE {
+            return KeyId::Inline { len, bytes: inline };
         }
-        KeyId::Inline { len, bytes: inline }
+        let terms = self.terms.load();
+        terms
+            .as_ref()
+            .and_then(|terms| terms.long_id.clone())
+            .map_or_else(|| "".into(), KeyId::Shared)
     }
 
-    /// Sets the id; only while nothing is linked to the key.
+    /// Makes it the owner slot of a key.
     pub fn set_key_id(&self, id: &KeyId) {
-        let mut packed = [0; 24];
-        match id {
-            KeyId::Inline { len, bytes } => {
-                packed[0] = *len;
-                packed[1..].copy_from_slice(bytes);
-            }
-            KeyId::Shared(_) => packed[0] = LONG_ID,
+        let mut name = [LONG_ID; 24];
+        if let KeyId::Inline { len, bytes } = id {
+            name[0] = *len;
+            name[1..].copy_from_slice(bytes);
         }
-        for (chunk, word) in packed.chunks_exact(8).zip(&self.id) {
+        self.set_name(name);
+    }
+
+    fn set_name(&self, name: [u8; 24]) {
+        for (chunk, word) in name.chunks_exact(8).zip(&self.name) {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(chunk);
             word.store(u64::from_ne_bytes(bytes), Relaxed);
@@ -239,19 +283,18 @@ impl Slot {
 
     /// Makes the slot as good as new.
     pub fn clear(&self) {
-        self.set_digest(&SecretDigest([0; 32]));
-        self.set_key_id(&KeyId::from(""));
-        self.owner.store(NONE, Relaxed);
+        self.take_out();
+        self.set_name([FREE; 24]);
         self.sibling.store(NONE, Relaxed);
-        self.last_used_s.store(0, Relaxed);
-        self.linked.store(0, Relaxed);
         self.terms.store(None);
         self.windows.store(None);
     }
 }
 
-/// A length byte that no inline id has.
+/// First bytes of a slot's name that are no inline id's length.
 const LONG_ID: u8 = u8::MAX;
+const OF_ANOTHER: u8 = u8::MAX - 1;
+const FREE: u8 = u8::MAX - 2;
 
 fn words(digest: &SecretDigest) -> [u64; 4] {
     let mut words = [0; 4];
@@ -268,19 +311,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_is_88_bytes() {
-        assert_eq!(size_of::<Slot>(), 88);
+    fn a_slot_is_80_bytes() {
+        assert_eq!(size_of::<Slot>(), 80);
     }
 
     #[test]
     fn what_is_put_into_a_slot_comes_out() {
         let slot = Slot::empty();
-        let digest = SecretDigest::of(b"a secret");
-        slot.set_digest(&digest);
-        assert!(slot.holds(&digest) && slot.digest() == digest);
-        assert!(!slot.holds(&SecretDigest::of(b"another")));
+        assert_eq!((slot.owner(7), slot.holds_secret()), (None, false));
         slot.set_key_id(&KeyId::from("key_0123456789012345678"));
         assert_eq!(slot.key_id().as_str(), "key_0123456789012345678");
+        assert_eq!(slot.owner(7), Some(7));
+        let digest = SecretDigest::of(b"a secret");
+        slot.put(&digest, Arc::new(Terms::of_unknown_key(None)));
+        assert!(slot.holds(&digest) && slot.digest() == digest);
+        assert!(!slot.holds(&SecretDigest::of(b"another")));
+        slot.take_out();
+        assert!(!slot.holds(&digest) && !slot.holds_secret());
+        slot.set_owner(0x0102_0304);
+        assert_eq!(slot.owner(7), Some(0x0102_0304));
+        slot.clear();
+        assert_eq!(slot.owner(7), None);
     }
 
     #[test]

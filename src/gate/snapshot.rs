@@ -1,233 +1,96 @@
-//! Everything the gate must know about keys, in memory, at one revision.
+//! Everything the gate must know about keys, in memory, at one revision: what leads from a secret to its slot.
 //!
-//! A [`Snapshot`] is a `DashMap` from the first four bytes of a secret's digest to a slot (the whole digest is
-//! compared there), behind an `ArcSwap`. One load and one lookup answer a request. A change of one key is applied
-//! in place; a full resync builds another map aside and swaps it. Four bytes keep an entry at eight, which is what
-//! lets a million keys fit beside their slots in 128 MiB; the few digests that share them (about 116 pairs in a
-//! million) lie in a second, small map.
+//! The map is a `DashMap` behind an `ArcSwap`, and no map is changed while it is in force: a writer builds the next one
+//! aside and swaps it in, so what is published is published as a read-only view, whose lookups take **no lock at all**.
+//! There is none, then, that a writer could hold, whatever it does and however long it takes.
 //!
-//! A reader holds the map's shard lock, shared, for one decision: some hundred nanoseconds. A writer holds it alone
-//! only to put in or take out one entry; all other changes go through a slot's atomic pointers.
+//! To copy a million entries for every change would not do. A snapshot therefore has two maps:
+//! - `base`, from a full resync;
+//! - `recent`, with the secrets that came since: some thousands at most, copied for each change that brings one in.
+//!   When it has grown to [`RECENT_AT_MOST`], both become a new base, in a few milliseconds beside the decisions.
+//!
+//! Most changes touch neither. What is said of a secret changes in its slot, and a secret that is taken out leaves its way
+//! in the map behind: the slot no longer holds its digest, so the way leads nowhere, and the next base is built
+//! without it. For the same reason it does no harm that a slot may hold another secret by then.
+//!
+//! The maps lead from the first four bytes of a digest to a slot's number; the whole digest is compared in the slot. Four
+//! bytes keep an entry at eight, which is what lets a million keys fit beside their slots into 128 MiB; digests
+//! that share them with another one (about 116 pairs in a million) lie in a small map of their own.
 
-use super::key::{KeyId, SecretDigest};
-use super::policy::NameTables;
-use super::scope::{NameId, NameSet, TooManyNames};
-use super::slots::{NONE, Slot, SlotId, Slots};
-use super::verdict::IdentityHeaders;
-use dashmap::DashMap;
-use hashbrown::HashTable;
-use http::HeaderValue;
-use std::collections::HashMap;
+use super::key::SecretDigest;
+use super::policy::Policy;
+use super::slots::{Slot, SlotId, Slots};
+use dashmap::{DashMap, ReadOnlyView};
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// All that the gate is told about one key. A change is the whole of it again.
-#[derive(Clone, PartialEq, Eq)]
-pub struct KeyUpdate {
-    /// The feed revision that made it so.
-    pub revision: u64,
-    /// The key's id, which never changes.
-    pub id: Box<str>,
-    /// The organisation that owns it.
-    pub organization: Box<str>,
-    /// Its environment.
-    pub environment: Box<str>,
-    /// What it may do.
-    pub scopes: Vec<Box<str>>,
-    /// The plan that limits it.
-    pub plan: Box<str>,
-    /// Its secrets, those past their grace included: they are told so.
-    pub secrets: Vec<SecretUpdate>,
-    /// Not accepted from this Unix time on, in milliseconds.
-    pub expires_at_ms: Option<i64>,
-    /// Switched off.
-    pub disabled: bool,
-    /// Gone for good.
-    pub revoked: bool,
-}
-
-/// One secret of a key.
-#[derive(Clone, PartialEq, Eq)]
-pub struct SecretUpdate {
-    /// SHA-256 of the secret.
-    pub digest: [u8; 32],
-    /// Not accepted from this Unix time on, in milliseconds.
-    pub not_after_ms: Option<i64>,
-}
-
-impl fmt::Debug for KeyUpdate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeyUpdate")
-            .field("id", &self.id)
-            .field("revision", &self.revision)
-            .finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for SecretUpdate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SecretUpdate")
-            .field("not_after_ms", &self.not_after_ms)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Why a key, or a whole snapshot, was not taken. What was in force before still is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum KeyError {
-    /// The organisation, environment or a scope cannot stand in a header field.
-    NotAHeaderValue {
-        /// The key.
-        id: Box<str>,
-    },
-    /// The key has the secret of another key.
-    SecretTaken {
-        /// The key.
-        id: Box<str>,
-    },
-    /// The snapshot is older than the one in force.
-    Stale {
-        /// The one in force.
-        in_force: u64,
-        /// The one offered.
-        offered: u64,
-    },
-    /// More than 67 million secrets, or 65,535 different scopes, plans or environments.
-    TooMany,
-    /// Another writer is at work.
-    Busy,
-    /// A change came before the first snapshot.
-    NoSnapshot,
-}
-
-impl fmt::Display for KeyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            KeyError::NotAHeaderValue { id } => {
-                write!(
-                    f,
-                    "key {id}: organisation, environment and scopes must be printable ASCII"
-                )
-            }
-            KeyError::SecretTaken { id } => write!(f, "key {id} has a secret that belongs to another key"),
-            KeyError::Stale { in_force, offered } => {
-                write!(f, "revision {offered} is older than {in_force}, which is in force")
-            }
-            KeyError::TooMany => f.write_str("too many secrets, scopes, plans or environments"),
-            KeyError::Busy => f.write_str("another writer is at work"),
-            KeyError::NoSnapshot => f.write_str("a change came before the first snapshot"),
-        }
-    }
-}
-
-impl std::error::Error for KeyError {}
-
-impl From<TooManyNames> for KeyError {
-    fn from(_: TooManyNames) -> Self {
-        KeyError::TooMany
-    }
-}
-
-/// What may be said of a secret: shared by all secrets of which the same is said.
-#[derive(Debug)]
-pub struct Terms {
-    pub(super) organization: Box<str>,
-    pub(super) environment: Box<str>,
-    pub(super) environment_id: NameId,
-    pub(super) scopes: NameSet,
-    pub(super) scope_names: Box<[Box<str>]>,
-    pub(super) plan: NameId,
-    pub(super) plan_name: Box<str>,
-    /// Unix milliseconds; `i64::MAX` for never.
-    pub(super) expires_at_ms: i64,
-    pub(super) not_after_ms: i64,
-    pub(super) disabled: bool,
-    pub(super) revoked: bool,
-    pub(super) headers: IdentityHeaders,
-    /// The key's id where it is too long for its slot.
-    pub(super) long_id: Option<Arc<str>>,
+/// All that a request is decided by, of one moment. One load of it answers a request.
+#[derive(Clone, Debug)]
+pub(super) struct InForce {
+    pub policy: Arc<Policy>,
+    /// Absent before the first full snapshot.
+    pub snapshot: Option<Snapshot>,
 }
 
 /// The keys at one revision.
+#[derive(Clone)]
 pub(super) struct Snapshot {
-    secrets: DashMap<u32, SlotId, PrefixHash>,
-    /// Secrets whose first four bytes another one had first.
-    collisions: DashMap<[u8; 32], SlotId, ahash::RandomState>,
-    collided: AtomicBool,
-    revision: AtomicU64,
+    pub revision: u64,
+    base: Arc<Secrets>,
+    recent: Option<Arc<Secrets>>,
 }
 
+/// Copying so many entries costs a change about as much as its share of making a new base from a million does.
+const RECENT_AT_MOST: usize = 2_048;
+
 impl Snapshot {
-    pub fn with_capacity(secrets: usize) -> Self {
-        // Many shards keep a growing shard's rehash, which its readers wait for, to a few microseconds.
-        let shards = (secrets / 512).next_power_of_two().clamp(64, 4096);
+    pub fn new(revision: u64, base: Secrets) -> Self {
         Snapshot {
-            secrets: DashMap::with_capacity_and_hasher_and_shard_amount(secrets, PrefixHash::default(), shards),
-            collisions: DashMap::with_hasher(ahash::RandomState::new()),
-            collided: AtomicBool::new(false),
-            revision: AtomicU64::new(0),
+            revision,
+            base: Arc::new(base),
+            recent: None,
         }
     }
 
-    pub fn revision(&self) -> u64 {
-        // Acquire: who reads a revision to acknowledge it has seen the changes behind it.
-        self.revision.load(Ordering::Acquire)
-    }
-
-    pub fn set_revision(&self, revision: u64) {
-        self.revision.fetch_max(revision, Ordering::Release);
-    }
-
-    /// Runs `read` on the slot that holds the secret, if any. The slot stays what it is until `read` returns.
+    /// The slot that holds the secret, if any.
     #[inline]
-    pub fn with<R>(&self, slots: &Slots, digest: &SecretDigest, read: impl FnOnce(SlotId, &Slot) -> R) -> Option<R> {
-        if let Some(found) = self.secrets.get(&prefix(digest)) {
-            let slot = slots.get(*found)?;
-            if slot.holds(digest) {
-                return Some(read(*found, slot));
-            }
-        }
-        // Relaxed: a secret that is being put in at this very moment may be found or not.
-        if !self.collided.load(Ordering::Relaxed) {
-            return None;
-        }
-        let found = self.collisions.get(&digest.0)?;
-        slots.get(*found).map(|slot| read(*found, slot))
-    }
-
-    /// Leads the digest to the slot, which holds it already. `false`: another slot holds the same secret.
-    pub fn link(&self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
-        use dashmap::Entry;
-        match self.secrets.entry(prefix(digest)) {
-            Entry::Vacant(entry) => {
-                entry.insert(id);
-                true
-            }
-            Entry::Occupied(entry) => {
-                let other = *entry.get();
-                if slots.get(other).is_some_and(|slot| slot.holds(digest)) {
-                    return other == id;
-                }
-                drop(entry);
-                self.collided.store(true, Ordering::Relaxed);
-                match self.collisions.entry(digest.0) {
-                    Entry::Occupied(entry) => *entry.get() == id,
-                    Entry::Vacant(entry) => {
-                        entry.insert(id);
-                        true
-                    }
-                }
-            }
+    pub fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
+        let found = self.base.find(slots, digest);
+        match &self.recent {
+            Some(recent) if found.is_none() => recent.find(slots, digest),
+            _ => found,
         }
     }
 
-    /// Takes the way from a digest to a slot out. When it returns, no reader is in the slot by that way.
-    pub fn unlink(&self, digest: &SecretDigest, id: SlotId) {
-        if self.secrets.remove_if(&prefix(digest), |_, held| *held == id).is_none() {
-            self.collisions.remove_if(&digest.0, |_, held| *held == id);
+    /// This snapshot with ways to more secrets, whose slots hold them already, and without those in `gone`, which it
+    /// empties if it could do without them: their slots do not hold them any more.
+    pub fn with(&self, slots: &Slots, more: &[(SecretDigest, SlotId)], gone: &mut Vec<(SecretDigest, SlotId)>) -> Self {
+        let mut next = self.clone();
+        let recent = self.recent.as_deref();
+        let held = recent.map_or(0, Secrets::len);
+        if held + more.len() + gone.len() > RECENT_AT_MOST {
+            let base = SecretsBuilder::from(&*self.base);
+            gone.drain(..).for_each(|(digest, id)| base.remove(&digest, id));
+            let living = |id: &SlotId| slots.get(*id).filter(|slot| slot.holds_secret()).map(Slot::digest);
+            for id in recent.into_iter().flat_map(Secrets::slots) {
+                if let Some(digest) = living(&id) {
+                    base.put(slots, &digest, id);
+                }
+            }
+            for (digest, id) in more {
+                base.put(slots, digest, *id);
+            }
+            next.base = Arc::new(base.build());
+            next.recent = None;
+        } else if !more.is_empty() {
+            let ways = recent.map_or_else(|| SecretsBuilder::new(0, 2), SecretsBuilder::from);
+            for (digest, id) in more {
+                ways.put(slots, digest, *id);
+            }
+            next.recent = Some(Arc::new(ways.build()));
         }
+        next
     }
 }
 
@@ -236,6 +99,108 @@ impl fmt::Debug for Snapshot {
         f.debug_struct("Snapshot")
             .field("revision", &self.revision)
             .finish_non_exhaustive()
+    }
+}
+
+/// Ways from secrets to slots, never changed again.
+pub(super) struct Secrets {
+    by_prefix: ReadOnlyView<u32, SlotId, PrefixHash>,
+    /// Secrets whose first four bytes another one had first; absent while there are none.
+    collisions: Option<ReadOnlyView<[u8; 32], SlotId, ahash::RandomState>>,
+    len: usize,
+}
+
+impl Secrets {
+    #[inline]
+    fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
+        let slot_of = |id: &SlotId| slots.get(*id).filter(|slot| slot.holds(digest)).map(|slot| (*id, slot));
+        let found = self.by_prefix.get(&prefix(digest)).and_then(slot_of);
+        match &self.collisions {
+            Some(collisions) if found.is_none() => collisions.get(&digest.0).and_then(slot_of),
+            _ => found,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn slots(&self) -> impl Iterator<Item = SlotId> {
+        let collisions = self.collisions.iter().flat_map(ReadOnlyView::values);
+        self.by_prefix.values().chain(collisions).copied()
+    }
+}
+
+/// [`Secrets`] in the making.
+pub(super) struct SecretsBuilder {
+    by_prefix: DashMap<u32, SlotId, PrefixHash>,
+    collisions: DashMap<[u8; 32], SlotId, ahash::RandomState>,
+}
+
+/// Shards of a large map: it is built by one thread and read without locks, so that more would be of no use.
+const SHARDS: usize = 16;
+
+impl SecretsBuilder {
+    pub fn with_capacity(secrets: usize) -> Self {
+        Self::new(secrets, SHARDS)
+    }
+
+    fn new(secrets: usize, shards: usize) -> Self {
+        SecretsBuilder {
+            by_prefix: DashMap::with_capacity_and_hasher_and_shard_amount(secrets, PrefixHash::default(), shards),
+            collisions: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), 2),
+        }
+    }
+
+    /// Leads the digest to the slot. `false`: another slot holds the same secret.
+    pub fn put(&self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
+        use dashmap::Entry;
+        match self.by_prefix.entry(prefix(digest)) {
+            Entry::Vacant(entry) => {
+                entry.insert(id);
+                true
+            }
+            Entry::Occupied(entry) if *entry.get() == id => true,
+            Entry::Occupied(entry) => {
+                let other = slots.get(*entry.get());
+                if other.is_some_and(|slot| slot.holds(digest)) {
+                    return false;
+                }
+                drop(entry);
+                *self.collisions.entry(digest.0).or_insert(id) == id
+            }
+        }
+    }
+
+    fn remove(&self, digest: &SecretDigest, id: SlotId) {
+        if self
+            .by_prefix
+            .remove_if(&prefix(digest), |_, held| *held == id)
+            .is_none()
+        {
+            self.collisions.remove_if(&digest.0, |_, held| *held == id);
+        }
+    }
+
+    pub fn build(self) -> Secrets {
+        let len = self.by_prefix.len() + self.collisions.len();
+        Secrets {
+            by_prefix: self.by_prefix.into_read_only(),
+            collisions: (!self.collisions.is_empty()).then(|| self.collisions.into_read_only()),
+            len,
+        }
+    }
+}
+
+impl From<&Secrets> for SecretsBuilder {
+    fn from(secrets: &Secrets) -> Self {
+        SecretsBuilder {
+            by_prefix: secrets.by_prefix.clone().into_inner(),
+            collisions: match &secrets.collisions {
+                Some(collisions) => collisions.clone().into_inner(),
+                None => DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), 2),
+            },
+        }
     }
 }
 
@@ -265,229 +230,4 @@ impl Hasher for PrefixHasher {
             self.write_u32(self.0 as u32 ^ u32::from(*byte));
         }
     }
-}
-
-/// Terms that are said of many secrets are held once.
-type TermsTable = HashMap<TermsKey, Arc<Terms>, ahash::RandomState>;
-
-#[derive(PartialEq, Eq, Hash)]
-struct TermsKey {
-    organization: Box<str>,
-    environment: Box<str>,
-    plan: Box<str>,
-    scopes: Vec<Box<str>>,
-}
-
-/// The one writer's side of the slots: which are free, and which key has which.
-pub(super) struct Writer {
-    ids: HashTable<SlotId>,
-    hasher: ahash::RandomState,
-    free: Vec<SlotId>,
-    next: SlotId,
-    terms: TermsTable,
-}
-
-impl Writer {
-    pub fn new() -> Self {
-        Writer {
-            ids: HashTable::new(),
-            hasher: ahash::RandomState::new(),
-            free: vec![],
-            next: 0,
-            terms: TermsTable::default(),
-        }
-    }
-
-    /// How many keys have a slot.
-    pub fn len(&self) -> usize {
-        self.ids.len()
-    }
-
-    pub fn reserve(&mut self, slots: &Slots, keys: usize) {
-        let hasher = &self.hasher;
-        self.ids
-            .reserve(keys.saturating_sub(self.ids.len()), |id| hash_of(hasher, slots, *id));
-    }
-
-    /// The owner slot of a key.
-    pub fn find(&self, slots: &Slots, id: &str) -> Option<SlotId> {
-        let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
-        self.ids.find(self.hasher.hash_one(id), same).copied()
-    }
-
-    /// The owner slot of a key, made if it is new; and whether it is.
-    pub fn find_or_add(&mut self, slots: &Slots, id: &str) -> Result<(SlotId, bool), KeyError> {
-        if let Some(found) = self.find(slots, id) {
-            return Ok((found, false));
-        }
-        let (owner, slot) = self.take_slot(slots)?;
-        slot.owner.store(owner, Ordering::Relaxed);
-        let key_id = KeyId::from(id);
-        slot.set_key_id(&key_id);
-        if let KeyId::Shared(long_id) = key_id {
-            slot.terms.store(Some(Arc::new(Terms::of_unknown_key(long_id))));
-        }
-        let hasher = &self.hasher;
-        self.ids
-            .insert_unique(hasher.hash_one(id), owner, |held| hash_of(hasher, slots, *held));
-        Ok((owner, true))
-    }
-
-    /// A slot for one more secret of the key.
-    pub fn add_secret_slot(&mut self, slots: &Slots, owner: SlotId) -> Result<SlotId, KeyError> {
-        let (id, slot) = self.take_slot(slots)?;
-        slot.owner.store(owner, Ordering::Relaxed);
-        Ok(id)
-    }
-
-    fn take_slot<'s>(&mut self, slots: &'s Slots) -> Result<(SlotId, &'s Slot), KeyError> {
-        let id = match self.free.pop() {
-            Some(id) => id,
-            None => {
-                if self.next == NONE || !slots.allocate(self.next) {
-                    return Err(KeyError::TooMany);
-                }
-                self.next += 1;
-                self.next - 1
-            }
-        };
-        slots.get(id).map(|slot| (id, slot)).ok_or(KeyError::TooMany)
-    }
-
-    /// Gives a slot back, which nothing leads to any more.
-    pub fn release(&mut self, slots: &Slots, id: SlotId) {
-        if let Some(slot) = slots.get(id) {
-            slot.clear();
-            self.free.push(id);
-        }
-    }
-
-    /// Forgets that the key has an owner slot.
-    pub fn remove(&mut self, slots: &Slots, id: &str) {
-        let hash = self.hasher.hash_one(id);
-        let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
-        if let Ok(entry) = self.ids.find_entry(hash, same) {
-            entry.remove();
-        }
-    }
-
-    /// All slots that were ever taken.
-    pub fn slot_ids(&self) -> std::ops::Range<SlotId> {
-        0..self.next
-    }
-
-    /// The terms of one secret, shared with all others of which the same is said.
-    pub fn terms(
-        &mut self,
-        names: &NameTables,
-        key: &KeyUpdate,
-        not_after: Option<i64>,
-    ) -> Result<Arc<Terms>, KeyError> {
-        let common = self.common_terms(names, key)?;
-        let plain = key.expires_at_ms.is_none() && not_after.is_none() && !key.disabled && !key.revoked;
-        if plain && key.id.len() <= KeyId::INLINE {
-            return Ok(common);
-        }
-        Ok(Arc::new(Terms {
-            organization: common.organization.clone(),
-            environment: common.environment.clone(),
-            environment_id: common.environment_id,
-            scopes: common.scopes.clone(),
-            scope_names: common.scope_names.clone(),
-            plan: common.plan,
-            plan_name: common.plan_name.clone(),
-            expires_at_ms: key.expires_at_ms.unwrap_or(i64::MAX),
-            not_after_ms: not_after.unwrap_or(i64::MAX),
-            disabled: key.disabled,
-            revoked: key.revoked,
-            headers: common.headers.clone(),
-            long_id: (key.id.len() > KeyId::INLINE).then(|| Arc::from(&*key.id)),
-        }))
-    }
-
-    fn common_terms(&mut self, names: &NameTables, key: &KeyUpdate) -> Result<Arc<Terms>, KeyError> {
-        let table_key = TermsKey {
-            organization: key.organization.clone(),
-            environment: key.environment.clone(),
-            plan: key.plan.clone(),
-            scopes: key.scopes.clone(),
-        };
-        if let Some(terms) = self.terms.get(&table_key) {
-            return Ok(terms.clone());
-        }
-        let header = |text: &str| {
-            let plain = text.bytes().all(|b| (b' '..=b'~').contains(&b));
-            let value = HeaderValue::from_str(text).ok().filter(|_| plain);
-            value.ok_or_else(|| KeyError::NotAHeaderValue { id: key.id.clone() })
-        };
-        let scopes = key
-            .scopes
-            .iter()
-            .map(|name| names.scopes.number(name))
-            .collect::<Result<NameSet, _>>()?;
-        let terms = Arc::new(Terms {
-            organization: key.organization.clone(),
-            environment: key.environment.clone(),
-            environment_id: names.environments.number(&key.environment)?,
-            scopes,
-            scope_names: key.scopes.clone().into(),
-            plan: names.plans.number(&key.plan)?,
-            plan_name: key.plan.clone(),
-            expires_at_ms: i64::MAX,
-            not_after_ms: i64::MAX,
-            disabled: false,
-            revoked: false,
-            headers: IdentityHeaders {
-                organization: header(&key.organization)?,
-                environment: header(&key.environment)?,
-                scopes: header(&key.scopes.join(" "))?,
-            },
-            long_id: None,
-        });
-        self.terms.insert(table_key, terms.clone());
-        Ok(terms)
-    }
-
-    /// Forgets terms that no secret has any more.
-    pub fn forget_unused_terms(&mut self) {
-        self.terms.retain(|_, terms| Arc::strong_count(terms) > 1);
-    }
-}
-
-impl fmt::Debug for Writer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Writer")
-            .field("keys", &self.ids.len())
-            .finish_non_exhaustive()
-    }
-}
-
-impl Terms {
-    /// The terms of a key that is known by its id only, because a journal named it: no secret has them.
-    fn of_unknown_key(long_id: Arc<str>) -> Self {
-        let empty = HeaderValue::from_static("");
-        Terms {
-            organization: Box::default(),
-            environment: Box::default(),
-            environment_id: NameId(u16::MAX),
-            scopes: NameSet::default(),
-            scope_names: Box::default(),
-            plan: NameId(u16::MAX),
-            plan_name: Box::default(),
-            expires_at_ms: i64::MAX,
-            not_after_ms: i64::MAX,
-            disabled: true,
-            revoked: false,
-            headers: IdentityHeaders {
-                organization: empty.clone(),
-                environment: empty.clone(),
-                scopes: empty,
-            },
-            long_id: Some(long_id),
-        }
-    }
-}
-
-fn hash_of(hasher: &ahash::RandomState, slots: &Slots, id: SlotId) -> u64 {
-    slots.get(id).map_or(0, |slot| hasher.hash_one(slot.key_id().as_str()))
 }

@@ -40,10 +40,11 @@ pub(super) struct FailedAttempts {
     interval: AtomicU64,
 }
 
-/// Four rows of 8,192 counters: 256 KiB a sketch. 1,000 failing addresses collide in all rows of a given one with
-/// a probability of (1,000 / 8,192)^4, about 1 in 4,500.
-const ROWS: usize = 4;
-const COUNTERS: usize = 8192;
+/// Two rows of 32,768 counters: 512 KiB a sketch. 1,000 failing addresses collide in both rows of a given one with a
+/// probability of (1,000 / 32,768)^2, about 1 in 1,000. More rows of fewer counters would make that rarer, and every
+/// failure dearer, which an attacker has many of.
+const ROWS: usize = 2;
+const COUNTERS: usize = 32_768;
 
 impl FailedAttempts {
     pub fn new() -> Self {

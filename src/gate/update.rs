@@ -1,20 +1,131 @@
-//! How keys get into the gate: one change in place, or a full resync built aside and swapped.
+//! How keys get into the gate, one change at a time; a full snapshot comes by `resync.rs`.
 //!
-//! One writer at a time, the feed's task. Readers never wait for it longer than one entry of the map takes.
+//! One writer at a time, the feed's task. It works beside the decisions: on slots (`slots.rs` says how), and on a next
+//! snapshot aside, which it then puts in force. What was replaced is used again when nobody looks at it any more.
 
 use super::Gate;
 use super::key::SecretDigest;
-use super::slots::{NONE, Slot, SlotId};
-use super::snapshot::{KeyError, KeyUpdate, SecretUpdate, Snapshot, Terms, Writer};
+use super::scope::TooManyNames;
+use super::slots::{Slot, SlotId};
+use super::snapshot::{InForce, Snapshot};
+use super::terms::Terms;
+use super::writer::Writer;
 use std::fmt;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
+/// All that the gate is told about one key. A change is the whole of it again.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeyUpdate {
+    /// The feed revision that made it so.
+    pub revision: u64,
+    /// The key's id, which never changes.
+    pub id: Box<str>,
+    /// The organisation that owns it.
+    pub organization: Box<str>,
+    /// Its environment.
+    pub environment: Box<str>,
+    /// What it may do.
+    pub scopes: Vec<Box<str>>,
+    /// The plan that limits it.
+    pub plan: Box<str>,
+    /// Its secrets, those past their grace included: they are told so.
+    pub secrets: Vec<SecretUpdate>,
+    /// Not accepted from this Unix time on, in milliseconds.
+    pub expires_at_ms: Option<i64>,
+    /// Switched off.
+    pub disabled: bool,
+    /// Gone for good.
+    pub revoked: bool,
+}
+
+/// One secret of a key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretUpdate {
+    /// SHA-256 of the secret.
+    pub digest: [u8; 32],
+    /// Not accepted from this Unix time on, in milliseconds.
+    pub not_after_ms: Option<i64>,
+}
+
+impl fmt::Debug for KeyUpdate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyUpdate")
+            .field("id", &self.id)
+            .field("revision", &self.revision)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SecretUpdate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SecretUpdate")
+            .field("not_after_ms", &self.not_after_ms)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a key, or a whole snapshot, was not taken. What was in force before still is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyError {
+    /// The organisation, environment or a scope cannot stand in a header field.
+    NotAHeaderValue {
+        /// The key.
+        id: Box<str>,
+    },
+    /// The key has the secret of another key.
+    SecretTaken {
+        /// The key.
+        id: Box<str>,
+    },
+    /// The snapshot is older than the one in force.
+    Stale {
+        /// The one in force.
+        in_force: u64,
+        /// The one offered.
+        offered: u64,
+    },
+    /// More than 67 million secrets, or 65,535 different scopes, plans or environments.
+    TooMany,
+    /// Another writer is at work.
+    Busy,
+    /// A change came before the first snapshot.
+    NoSnapshot,
+}
+
+impl fmt::Display for KeyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KeyError::NotAHeaderValue { id } => {
+                write!(
+                    f,
+                    "key {id}: organisation, environment and scopes must be printable ASCII"
+                )
+            }
+            KeyError::SecretTaken { id } => write!(f, "key {id} has a secret that belongs to another key"),
+            KeyError::Stale { in_force, offered } => {
+                write!(f, "revision {offered} is older than {in_force}, which is in force")
+            }
+            KeyError::TooMany => f.write_str("too many secrets, scopes, plans or environments"),
+            KeyError::Busy => f.write_str("another writer is at work"),
+            KeyError::NoSnapshot => f.write_str("a change came before the first snapshot"),
+        }
+    }
+}
+
+impl std::error::Error for KeyError {}
+
+impl From<TooManyNames> for KeyError {
+    fn from(_: TooManyNames) -> Self {
+        KeyError::TooMany
+    }
+}
+
 impl Gate {
     /// The revision of the keys in force; `None` before the first snapshot.
     pub fn revision(&self) -> Option<u64> {
-        self.snapshot.load().as_ref().map(|snapshot| snapshot.revision())
+        self.in_force.load().snapshot.as_ref().map(|snapshot| snapshot.revision)
     }
 
     /// How many keys the gate knows.
@@ -22,62 +133,115 @@ impl Gate {
         self.with_writer(|writer| writer.len()).unwrap_or(0)
     }
 
-    /// Applies one change in place. A revision that is not above the one in force is passed over: it is in already.
+    /// Applies one change. A revision that is not above the one in force is passed over: it is in already.
     ///
     /// # Errors
     /// [`KeyError`]; the key is then as it was before.
     pub fn apply(&self, update: KeyUpdate) -> Result<(), KeyError> {
-        self.with_writer(|writer| {
-            // Loaded while no resync can replace it, so that no change goes into a map that is leaving.
-            let snapshot = self.snapshot.load_full().ok_or(KeyError::NoSnapshot)?;
-            if update.revision <= snapshot.revision() {
-                return Ok(());
-            }
-            let _reclaiming = self.reclaiming();
-            self.apply_in_place(writer, &snapshot, &update)?;
-            snapshot.set_revision(update.revision);
-            Ok(())
+        self.change(update.revision, |writer, snapshot, changed| {
+            self.change_key(writer, snapshot, &update, changed)
         })
-        .unwrap_or(Err(KeyError::Busy))
     }
 
     /// Forgets a key: its secrets are unknown from now on.
+    ///
+    /// # Errors
+    /// [`KeyError::NoSnapshot`], [`KeyError::Busy`]; nothing is forgotten then.
     pub fn forget(&self, id: &str, revision: u64) -> Result<(), KeyError> {
-        self.with_writer(|writer| {
-            let snapshot = self.snapshot.load_full().ok_or(KeyError::NoSnapshot)?;
-            if revision > snapshot.revision() {
-                if let Some(owner) = writer.find(&self.slots, id) {
-                    let _reclaiming = self.reclaiming();
-                    self.forget_key(writer, &snapshot, owner);
-                }
-                snapshot.set_revision(revision);
+        self.change(revision, |writer, _, changed| {
+            if let Some(owner) = writer.find(&self.slots, id) {
+                self.release_key(writer, owner, &mut changed.free);
             }
             Ok(())
         })
-        .unwrap_or(Err(KeyError::Busy))
     }
 
-    /// Starts a full snapshot, built aside. Dropped without [`Resync::commit`], nothing has happened.
-    ///
-    /// # Errors
-    /// [`KeyError::Busy`] while another one is being built.
-    pub fn resync(&self, expected_keys: usize) -> Result<Resync<'_>, KeyError> {
-        let mut writer = self
-            .writer
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .take()
-            .ok_or(KeyError::Busy)?;
-        writer.reserve(&self.slots, expected_keys);
-        Ok(Resync {
-            gate: self,
-            writer: Some(writer),
-            snapshot: Some(Snapshot::with_capacity(expected_keys)),
-            staged: vec![],
-            new_keys: vec![],
-            new_secrets: vec![],
-            marked: vec![],
-        })
+    fn change(
+        &self,
+        revision: u64,
+        act: impl FnOnce(&mut Writer, &Snapshot, &mut Changed) -> Result<(), KeyError>,
+    ) -> Result<(), KeyError> {
+        let changed = self.with_writer(|writer| {
+            // No resync can replace it meanwhile, as that takes the writer away.
+            let in_force = self.in_force.load();
+            let snapshot = in_force.snapshot.as_ref().ok_or(KeyError::NoSnapshot)?;
+            if revision <= snapshot.revision {
+                return Ok(());
+            }
+            let _reclaiming = self.reclaiming();
+            let mut changed = Changed::default();
+            act(writer, snapshot, &mut changed)?;
+            let mut next = snapshot.with(&self.slots, &changed.put, &mut writer.gone);
+            next.revision = revision;
+            drop(in_force);
+            self.put_in_force(|in_force| in_force.snapshot = Some(next), changed.free);
+            self.use_again(writer);
+            Ok(())
+        });
+        changed.unwrap_or(Err(KeyError::Busy))
+    }
+
+    fn change_key(
+        &self,
+        writer: &mut Writer,
+        snapshot: &Snapshot,
+        update: &KeyUpdate,
+        changed: &mut Changed,
+    ) -> Result<(), KeyError> {
+        // What can fail comes first.
+        let known = writer.find(&self.slots, &update.id);
+        let mut wanted: Vec<(SecretDigest, Arc<Terms>)> = vec![];
+        for secret in &update.secrets {
+            let digest = SecretDigest(secret.digest);
+            let held = snapshot.find(&self.slots, &digest);
+            if held.is_some_and(|(id, slot)| slot.owner(id) != known) {
+                return Err(KeyError::SecretTaken { id: update.id.clone() });
+            }
+            if wanted.iter().all(|(other, _)| *other != digest) {
+                wanted.push((digest, writer.terms.of(&self.names, update, secret.not_after_ms)?));
+            }
+        }
+        let (owner, _) = writer.find_or_add(&self.slots, &update.id)?;
+        let is_wanted = |slot: &Slot| wanted.iter().any(|(digest, _)| slot.holds(digest));
+        let kept = self.secret_slots(owner).filter(|(_, slot)| is_wanted(slot)).count();
+        let owner_is_taken = self.slots.get(owner).is_some_and(is_wanted);
+        let mut places = if owner_is_taken { vec![] } else { vec![owner] };
+        while places.len() < wanted.len() - kept {
+            match writer.add_secret_slot(&self.slots, owner) {
+                Ok(id) => places.push(id),
+                Err(error) => {
+                    let taken = places.into_iter().filter(|id| *id != owner);
+                    taken.for_each(|id| writer.free(&self.slots, id));
+                    return Err(error);
+                }
+            }
+        }
+
+        let unwanted: Vec<_> = self
+            .secret_slots(owner)
+            .filter(|(_, slot)| slot.holds_secret() && !is_wanted(slot))
+            .map(|(id, _)| id)
+            .collect();
+        for id in unwanted {
+            self.take_out(writer, id);
+            if id != owner {
+                self.detach(owner, id);
+                changed.free.push(id);
+            }
+        }
+        let mut places = places.into_iter();
+        for (digest, terms) in wanted {
+            if let Some((_, slot)) = self.secret_slots(owner).find(|(_, slot)| slot.holds(&digest)) {
+                slot.terms.store(Some(terms));
+            } else if let Some((id, slot)) = places.next().and_then(|id| Some((id, self.slots.get(id)?))) {
+                slot.put(&digest, terms);
+                if id != owner {
+                    self.attach(owner, id);
+                }
+                changed.put.push((digest, id));
+            }
+        }
+        Ok(())
     }
 
     /// Every key as an update again, and the revision that was in force when this began. Changes go on meanwhile: of a
@@ -90,7 +254,7 @@ impl Gate {
                 let end = writer.slot_ids().end;
                 let upto = end.min(next + EXPORTED_AT_ONCE);
                 for id in next..upto {
-                    let is_owner = self.slots.get(id).is_some_and(|slot| slot.owner.load(Relaxed) == id);
+                    let is_owner = self.slots.get(id).is_some_and(|slot| slot.owner(id) == Some(id));
                     if let Some(update) = is_owner.then(|| self.export_key(id, revision)).flatten() {
                         each(update);
                     }
@@ -110,7 +274,7 @@ impl Gate {
         let owner_slot = self.slots.get(owner)?;
         let linked: Vec<&Slot> = self
             .secret_slots(owner)
-            .filter(|(_, slot)| slot.linked.load(Relaxed) == 1)
+            .filter(|(_, slot)| slot.holds_secret())
             .map(|(_, slot)| slot)
             .collect();
         let terms = linked.first()?.terms.load_full()?;
@@ -124,10 +288,10 @@ impl Gate {
         Some(KeyUpdate {
             revision,
             id: owner_slot.key_id().as_str().into(),
-            organization: terms.organization.clone(),
-            environment: terms.environment.clone(),
-            scopes: terms.scope_names.to_vec(),
-            plan: terms.plan_name.clone(),
+            organization: terms.organization().into(),
+            environment: terms.environment().into(),
+            scopes: terms.role.scope_names.to_vec(),
+            plan: terms.role.plan_name.clone(),
             secrets: secrets.collect(),
             expires_at_ms: (terms.expires_at_ms != i64::MAX).then_some(terms.expires_at_ms),
             disabled: terms.disabled,
@@ -136,7 +300,7 @@ impl Gate {
     }
 
     /// The owner slot and those of the key's other secrets.
-    fn secret_slots(&self, owner: SlotId) -> impl Iterator<Item = (SlotId, &Slot)> {
+    pub(super) fn secret_slots(&self, owner: SlotId) -> impl Iterator<Item = (SlotId, &Slot)> {
         std::iter::successors(self.slots.get(owner).map(|slot| (owner, slot)), |(_, slot)| {
             let next = slot.sibling.load(Relaxed);
             self.slots.get(next).map(|slot| (next, slot))
@@ -155,75 +319,42 @@ impl Gate {
         self.reclaiming.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn apply_in_place(&self, writer: &mut Writer, snapshot: &Snapshot, update: &KeyUpdate) -> Result<(), KeyError> {
-        let (owner, _) = writer.find_or_add(&self.slots, &update.id)?;
-        // What can fail comes first.
-        let mut wanted: Vec<(SecretDigest, Arc<Terms>)> = vec![];
-        for secret in &update.secrets {
-            let digest = SecretDigest(secret.digest);
-            let held_by = snapshot.with(&self.slots, &digest, |_, slot| slot.owner.load(Relaxed));
-            if held_by.is_some_and(|other| other != owner) {
-                return Err(KeyError::SecretTaken { id: update.id.clone() });
-            }
-            wanted.push((digest, writer.terms(&self.names, update, secret.not_after_ms)?));
-        }
-        while let Some((id, slot)) = self.secret_slots(owner).find(|(_, slot)| {
-            let digest = slot.digest();
-            slot.linked.load(Relaxed) == 1 && !wanted.iter().any(|(wanted, _)| *wanted == digest)
-        }) {
-            snapshot.unlink(&slot.digest(), id);
-            slot.linked.store(0, Relaxed);
-            if id != owner {
-                self.detach(owner, id);
-                writer.release(&self.slots, id);
-            }
-        }
-        for (digest, terms) in wanted {
-            let held = self
-                .secret_slots(owner)
-                .find(|(_, slot)| slot.linked.load(Relaxed) == 1 && slot.holds(&digest));
-            if let Some((_, slot)) = held {
-                slot.terms.store(Some(terms));
-                continue;
-            }
-            let owner_is_free = self.slots.get(owner).is_some_and(|slot| slot.linked.load(Relaxed) == 0);
-            let id = if owner_is_free {
-                owner
-            } else {
-                writer.add_secret_slot(&self.slots, owner)?
-            };
-            self.fill(id, &digest, terms);
-            if id != owner {
-                self.attach(owner, id);
-            }
-            self.link(snapshot, id, &digest);
-        }
-        Ok(())
+    /// Replaces what is in force, since when the slots in `free` are of no use.
+    pub(super) fn put_in_force(&self, change: impl FnOnce(&mut InForce), free: Vec<SlotId>) {
+        let mut retired = self.retired.lock().unwrap_or_else(|e| e.into_inner());
+        let mut next = InForce::clone(&self.in_force.load());
+        change(&mut next);
+        let replaced = self.in_force.swap(Arc::new(next));
+        retired.push(replaced, free);
     }
 
-    fn fill(&self, id: SlotId, digest: &SecretDigest, terms: Arc<Terms>) {
-        if let Some(slot) = self.slots.get(id) {
-            slot.set_digest(digest);
-            slot.terms.store(Some(terms));
+    /// Makes slots free that nobody can be in any more. Called while reclaiming.
+    pub(super) fn use_again(&self, writer: &mut Writer) {
+        let free = self.retired.lock().unwrap_or_else(|e| e.into_inner()).take_free();
+        for id in free {
+            if let Some(slot) = self.slots.get(id).filter(|slot| slot.owner(id) == Some(id)) {
+                // What was counted after the key was forgotten, by requests that came before.
+                self.keep_counts_of(id, slot);
+            }
+            writer.free(&self.slots, id);
         }
     }
 
-    fn link(&self, snapshot: &Snapshot, id: SlotId, digest: &SecretDigest) -> bool {
-        let linked = snapshot.link(&self.slots, digest, id);
-        if let Some(slot) = self.slots.get(id) {
-            slot.linked.store(u32::from(linked), Relaxed);
+    fn take_out(&self, writer: &mut Writer, id: SlotId) {
+        if let Some(slot) = self.slots.get(id).filter(|slot| slot.holds_secret()) {
+            writer.gone.push((slot.digest(), id));
+            slot.take_out();
         }
-        linked
     }
 
-    fn attach(&self, owner: SlotId, id: SlotId) {
+    pub(super) fn attach(&self, owner: SlotId, id: SlotId) {
         if let (Some(owner), Some(slot)) = (self.slots.get(owner), self.slots.get(id)) {
             slot.sibling.store(owner.sibling.load(Relaxed), Relaxed);
             owner.sibling.store(id, Relaxed);
         }
     }
 
-    fn detach(&self, owner: SlotId, id: SlotId) {
+    pub(super) fn detach(&self, owner: SlotId, id: SlotId) {
         let Some(slot) = self.slots.get(id) else { return };
         let before = self
             .secret_slots(owner)
@@ -233,200 +364,28 @@ impl Gate {
         }
     }
 
-    fn forget_key(&self, writer: &mut Writer, snapshot: &Snapshot, owner: SlotId) {
-        for (id, slot) in self.secret_slots(owner) {
-            if slot.linked.swap(0, Relaxed) == 1 {
-                snapshot.unlink(&slot.digest(), id);
-            }
-        }
-        self.release_key(writer, owner);
-    }
-
-    /// Gives the slots of a key back to which no map leads any more. What it counted is kept for the meter.
-    fn release_key(&self, writer: &mut Writer, owner: SlotId) {
+    /// Forgets a key. Its slots, which come to `free`, can be used again when nobody is in them; what it has counted is
+    /// kept for the meter.
+    pub(super) fn release_key(&self, writer: &mut Writer, owner: SlotId, free: &mut Vec<SlotId>) {
         let Some(slot) = self.slots.get(owner) else { return };
         self.keep_counts_of(owner, slot);
         writer.remove(&self.slots, slot.key_id().as_str());
-        let ids: Vec<SlotId> = self.secret_slots(owner).map(|(id, _)| id).collect();
-        for id in ids {
-            writer.release(&self.slots, id);
+        for (id, _) in self.secret_slots(owner) {
+            self.take_out(writer, id);
+            free.push(id);
         }
     }
+}
+
+/// What a change comes to beside the slots.
+#[derive(Default)]
+struct Changed {
+    /// Secrets that slots hold now.
+    put: Vec<(SecretDigest, SlotId)>,
+    /// Slots of no use any more.
+    free: Vec<SlotId>,
 }
 
 /// About a millisecond's work.
 const EXPORTED_AT_ONCE: SlotId = 1024;
 const EXPORT_PAUSE: Duration = Duration::from_micros(50);
-
-/// A full snapshot in the making.
-pub struct Resync<'g> {
-    gate: &'g Gate,
-    /// Taken out for as long as the resync lasts, so that no other writer can come between.
-    writer: Option<Box<Writer>>,
-    snapshot: Option<Snapshot>,
-    /// New terms of slots that are in use now; those whose terms stay are not among them.
-    staged: Vec<(SlotId, Arc<Terms>)>,
-    /// The owner slots of keys that were not there before, as a bitmap.
-    new_keys: Vec<u64>,
-    new_secrets: Vec<(SlotId, SlotId)>,
-    /// Slots that the new snapshot leads to, as a bitmap.
-    marked: Vec<u64>,
-}
-
-impl Resync<'_> {
-    /// Adds one key.
-    ///
-    /// # Errors
-    /// [`KeyError`]; the snapshot is then not to be committed.
-    pub fn add(&mut self, update: KeyUpdate) -> Result<(), KeyError> {
-        let (Some(writer), Some(snapshot)) = (&mut self.writer, &self.snapshot) else {
-            return Err(KeyError::Busy);
-        };
-        let gate = self.gate;
-        let (owner, new) = writer.find_or_add(&gate.slots, &update.id)?;
-        if new {
-            mark(&mut self.new_keys, owner);
-        }
-        mark(&mut self.marked, owner);
-        let mut owner_is_free = new;
-        for secret in &update.secrets {
-            let digest = SecretDigest(secret.digest);
-            let terms = writer.terms(&gate.names, &update, secret.not_after_ms)?;
-            let held = gate
-                .secret_slots(owner)
-                .find(|(_, slot)| slot.linked.load(Relaxed) == 1 && slot.holds(&digest));
-            let id = match held {
-                Some((id, slot)) if !new => {
-                    // Nobody else changes terms while a resync has the writer.
-                    if !slot.terms.load().as_ref().is_some_and(|held| Arc::ptr_eq(held, &terms)) {
-                        self.staged.push((id, terms));
-                    }
-                    id
-                }
-                _ => {
-                    let id = if owner_is_free {
-                        owner
-                    } else {
-                        writer.add_secret_slot(&gate.slots, owner)?
-                    };
-                    gate.fill(id, &digest, terms);
-                    if !owner_is_free {
-                        self.new_secrets.push((owner, id));
-                    }
-                    owner_is_free = false;
-                    id
-                }
-            };
-            mark(&mut self.marked, id);
-            if !snapshot.link(&gate.slots, &digest, id) {
-                return Err(KeyError::SecretTaken { id: update.id });
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts the snapshot in force, whole.
-    ///
-    /// # Errors
-    /// [`KeyError::Stale`] if a newer one is in force; nothing has happened then.
-    pub fn commit(mut self, revision: u64) -> Result<(), KeyError> {
-        let in_force = self.gate.revision();
-        if let Some(in_force) = in_force.filter(|in_force| *in_force > revision) {
-            return Err(KeyError::Stale {
-                in_force,
-                offered: revision,
-            });
-        }
-        let (Some(mut writer), Some(snapshot)) = (self.writer.take(), self.snapshot.take()) else {
-            return Err(KeyError::Busy);
-        };
-        let gate = self.gate;
-        let _reclaiming = gate.reclaiming();
-        snapshot.set_revision(revision);
-        let old = gate.snapshot.swap(Some(Arc::new(snapshot)));
-        for (id, terms) in self.staged.drain(..) {
-            if let Some(slot) = gate.slots.get(id) {
-                slot.terms.store(Some(terms));
-            }
-        }
-        for (owner, id) in self.new_secrets.drain(..) {
-            gate.attach(owner, id);
-        }
-        self.new_keys.clear();
-        // Readers of the old map hold it for one decision at most; its slots are given back after the last of them.
-        if let Some(old) = old {
-            while Arc::strong_count(&old) > 1 {
-                std::thread::yield_now();
-            }
-        }
-        self.settle(&mut writer);
-        writer.forget_unused_terms();
-        *gate.writer.lock().unwrap_or_else(|e| e.into_inner()) = Some(writer);
-        Ok(())
-    }
-
-    /// Links what is in the new snapshot, and gives back what is not.
-    fn settle(&self, writer: &mut Writer) {
-        let gate = self.gate;
-        let mut gone = vec![];
-        for id in writer.slot_ids() {
-            let Some(slot) = gate.slots.get(id) else { continue };
-            let owner = slot.owner.load(Relaxed);
-            if owner == NONE {
-                continue;
-            }
-            let kept = is_marked(&self.marked, id);
-            // A key that only a journal named has windows and no secret: it is kept until it is known.
-            let holds_secret = slot.digest().0 != [0; 32];
-            let was_linked = slot.linked.swap(u32::from(kept && holds_secret), Relaxed) == 1;
-            if !kept && (was_linked || id != owner) {
-                gone.push((id, owner));
-            }
-        }
-        for (id, owner) in gone {
-            if id == owner {
-                gate.release_key(writer, owner);
-            } else if is_marked(&self.marked, owner) {
-                gate.detach(owner, id);
-                writer.release(&gate.slots, id);
-            }
-        }
-    }
-}
-
-impl Drop for Resync<'_> {
-    /// Undoes what a resync did that was not committed: nothing leads to its slots.
-    fn drop(&mut self) {
-        let Some(mut writer) = self.writer.take() else { return };
-        let _reclaiming = self.gate.reclaiming();
-        for (_, id) in self.new_secrets.drain(..) {
-            writer.release(&self.gate.slots, id);
-        }
-        for owner in writer.slot_ids().filter(|id| is_marked(&self.new_keys, *id)) {
-            self.gate.release_key(&mut writer, owner);
-        }
-        *self.gate.writer.lock().unwrap_or_else(|e| e.into_inner()) = Some(writer);
-    }
-}
-
-impl fmt::Debug for Resync<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Resync")
-            .field("new_keys", &self.new_keys.len())
-            .finish_non_exhaustive()
-    }
-}
-
-fn mark(bitmap: &mut Vec<u64>, id: SlotId) {
-    let word = id as usize / 64;
-    if bitmap.len() <= word {
-        bitmap.resize(word + 1, 0);
-    }
-    bitmap[word] |= 1 << (id % 64);
-}
-
-fn is_marked(bitmap: &[u64], id: SlotId) -> bool {
-    bitmap
-        .get(id as usize / 64)
-        .is_some_and(|word| word >> (id % 64) & 1 == 1)
-}

@@ -9,7 +9,11 @@ use super::verdict::{REASON_CODES, Reason};
 use super::window::WindowCounts;
 use crate::clock::Now;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Acquire, Relaxed},
+    fence,
+};
 
 /// Permits of one key in one tier since the last drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +106,9 @@ impl Gate {
             self.drain_windows_of(key_id, environment, windows, each);
             !alone
         });
+        if leftovers.leaving.is_empty() {
+            leftovers.leaving.shrink_to_fit();
+        }
     }
 
     /// Takes the refusals since the last call, but for those of a tier's limit.
@@ -138,7 +145,7 @@ impl Gate {
         let Ok(tier) = self.names.tiers.number(tier) else {
             return;
         };
-        let policy = self.policy.load();
+        let policy = self.in_force.load().policy.clone();
         self.with_writer(|writer| {
             let Ok((owner, _)) = writer.find_or_add(&self.slots, key_id) else {
                 return;
@@ -162,7 +169,9 @@ impl Gate {
     /// request path; memory follows the active keys.
     pub fn give_back_idle(&self, now: Now) {
         self.addresses.forget_idle(now);
-        self.with_writer(|_| {
+        self.with_writer(|writer| {
+            let _reclaiming = self.reclaiming();
+            self.use_again(writer);
             let mut live = vec![];
             self.slots.drain(Mark::Live, |owner, slot| {
                 let Some(windows) = slot.windows.load_full() else {
@@ -179,32 +188,34 @@ impl Gate {
         });
     }
 
-    /// Keeps what a key has counted, because its slot is about to be given back.
+    /// Keeps what a key has counted, because it is being forgotten.
     pub(super) fn keep_counts_of(&self, owner: SlotId, slot: &Slot) {
+        let Some(windows) = slot.windows.load_full() else {
+            return;
+        };
         let mut kept = Leftovers::default();
-        if let Some(windows) = slot.windows.swap(None) {
-            self.drain_key(
-                owner,
-                slot,
-                &windows,
-                &mut |permits| kept.permits.push(permits),
-                &mut |secret| {
-                    kept.secrets.push(secret);
-                },
-            );
-            self.keep_leaving(slot, windows);
-        }
+        self.drain_key(
+            owner,
+            slot,
+            &windows,
+            &mut |permits| kept.permits.push(permits),
+            &mut |secret| kept.secrets.push(secret),
+        );
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
         leftovers.permits.append(&mut kept.permits);
         leftovers.secrets.append(&mut kept.secrets);
     }
 
+    /// Keeps windows that were given back for as long as somebody may count in them; mostly that is not at all.
     fn keep_leaving(&self, slot: &Slot, windows: Arc<KeyWindows>) {
-        let environment = slot
-            .terms
-            .load()
-            .as_ref()
-            .map_or_else(Box::default, |terms| terms.environment.clone());
+        if Arc::strong_count(&windows) == 1 {
+            // What those who left have counted is seen from here on.
+            fence(Acquire);
+            if windows.is_drained() {
+                return;
+            }
+        }
+        let environment = environment_of(slot);
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
         leftovers
             .leaving
@@ -220,16 +231,12 @@ impl Gate {
         each_secret: &mut dyn FnMut(SecretUse),
     ) {
         let key_id = slot.key_id();
-        let environment = slot
-            .terms
-            .load()
-            .as_ref()
-            .map_or_else(Box::default, |terms| terms.environment.clone());
+        let environment = environment_of(slot);
         self.drain_windows_of(key_id.as_str(), &environment, windows, each);
         let mut next = Some(owner);
         while let Some(secret) = next.and_then(|id| self.slots.get(id)) {
             let at_s = secret.last_used_s.load(Relaxed);
-            if at_s != 0 {
+            if at_s != 0 && secret.holds_secret() {
                 let digest = secret.digest().0;
                 let digest_prefix = digest.first_chunk().copied().unwrap_or_default();
                 each_secret(SecretUse {
@@ -253,4 +260,11 @@ impl Gate {
             });
         });
     }
+}
+
+fn environment_of(slot: &Slot) -> Box<str> {
+    let terms = slot.terms.load();
+    terms
+        .as_ref()
+        .map_or_else(Box::default, |terms| terms.environment().into())
 }

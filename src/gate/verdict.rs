@@ -6,7 +6,7 @@ use super::key::{KeyId, SecretDigest};
 use super::limit::Limit;
 use super::quota::InFlight;
 use super::route::{Route, Tier};
-use super::snapshot::Terms;
+use super::terms::Terms;
 use http::HeaderValue;
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use std::sync::Arc;
 pub struct Permit {
     pub(super) route: Arc<Route>,
     pub(super) holder: Option<Holder>,
-    pub(super) rate: Option<RateStatus>,
+    pub(super) counted: Option<Counted>,
     pub(super) credential_in_authorization: bool,
     pub(super) sandbox: bool,
     pub(super) secret: Option<SecretDigest>,
@@ -36,8 +36,8 @@ impl Permit {
     }
 
     /// What is left of the limit, where one was counted.
-    pub fn rate(&self) -> Option<&RateStatus> {
-        self.rate.as_ref()
+    pub fn rate(&self) -> Option<RateStatus<'_>> {
+        status(Some(&self.route), self.counted)
     }
 
     /// Whether the `Authorization` header carried the key, and so must not travel upstream. On a public rule no
@@ -79,44 +79,66 @@ impl Holder {
 
     /// The organisation that owns it.
     pub fn organization(&self) -> &str {
-        &self.terms.organization
+        self.terms.organization()
     }
 
     /// The key's environment.
     pub fn environment(&self) -> &str {
-        &self.terms.environment
+        self.terms.environment()
     }
 
     /// The organisation, environment and scopes (separated by spaces) as header values, built once for all
     /// keys that share them.
-    pub fn headers(&self) -> &IdentityHeaders {
-        &self.terms.headers
+    pub fn headers(&self) -> IdentityHeaders<'_> {
+        IdentityHeaders {
+            organization: &self.terms.organization,
+            environment: &self.terms.role.environment,
+            scopes: &self.terms.role.scopes,
+        }
     }
 }
 
 /// Header values that say whose request it is.
-#[derive(Clone, Debug)]
-pub struct IdentityHeaders {
+#[derive(Clone, Copy, Debug)]
+pub struct IdentityHeaders<'a> {
     /// The organisation's id.
-    pub organization: HeaderValue,
+    pub organization: &'a HeaderValue,
     /// The environment's name.
-    pub environment: HeaderValue,
+    pub environment: &'a HeaderValue,
     /// The key's scopes, separated by spaces.
-    pub scopes: HeaderValue,
+    pub scopes: &'a HeaderValue,
 }
 
 /// What is left of a limit: the numbers of the `RateLimit` and `RateLimit-Policy` fields
 /// (draft-ietf-httpapi-ratelimit-headers-10).
-#[derive(Clone, Debug)]
-pub struct RateStatus {
+#[derive(Clone, Copy, Debug)]
+pub struct RateStatus<'a> {
     /// The tier, which names the policy.
-    pub tier: Arc<Tier>,
+    pub tier: &'a Tier,
     /// The limit.
     pub limit: Limit,
     /// Permits left now (`r`).
     pub remaining: u32,
     /// Whole seconds until the oldest counted permit leaves the window (`t`).
     pub reset_s: u32,
+}
+
+/// A [`RateStatus`] without the tier, which the route has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counted {
+    pub limit: Limit,
+    pub remaining: u32,
+    pub reset_s: u32,
+}
+
+fn status(route: Option<&Arc<Route>>, counted: Option<Counted>) -> Option<RateStatus<'_>> {
+    let (tier, counted) = (route?.tier()?, counted?);
+    Some(RateStatus {
+        tier,
+        limit: counted.limit,
+        remaining: counted.remaining,
+        reset_s: counted.reset_s,
+    })
 }
 
 /// Why a request may not pass.
@@ -128,8 +150,14 @@ pub struct Refusal {
     pub route: Option<Arc<Route>>,
     /// Whose key it was, where that is known.
     pub holder: Option<Holder>,
+    pub(super) counted: Option<Counted>,
+}
+
+impl Refusal {
     /// What is left of the limit, where a permit was asked for.
-    pub rate: Option<RateStatus>,
+    pub fn rate(&self) -> Option<RateStatus<'_>> {
+        status(self.route.as_ref(), self.counted)
+    }
 }
 
 /// The reason of a refusal, with what a client needs to act on it.

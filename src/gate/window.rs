@@ -1,4 +1,4 @@
-//! The sliding window: one key's permits in one tier, exact, lock-free, in two to eight cache lines.
+//! The sliding window: one key's permits in one tier, exact, lock-free, in 144 to 528 bytes.
 //!
 //! # What it promises
 //! For a limit of L permits in any window of length W, for any number of threads and any clock readings:
@@ -27,14 +27,18 @@
 //! | `ring` | the counts of closed sub-buckets, each with its epoch, in K + 1 slots; an absent epoch has count 0 |
 //! | `oldest` | a hint: the low half of the number of the oldest sub-bucket with a permit in it |
 //!
-//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 512 bytes for up to
-//! 2,147,483,647 permits, 320 for up to 32,767, 192 for up to 1,023, 128 for up to 63.
+//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 528 bytes for up to
+//! 2,147,483,647 permits, 288 for up to 32,767, 208 for up to 1,023, 144 for up to 63. All but the ring lies together, so
+//! a permit touches one cache line while head stays in its sub-bucket, and one also where the window has rested for
+//! longer than it is long; any other advance, and a refusal, touch the ring.
 //!
 //! # The protocol
 //! - **Take** (1): load head, load prior. If the clock is before the end of head's sub-bucket (a late clock is, too),
 //!   the epochs agree and prior + count + cost ≤ L: compare-and-swap head to count + cost.
 //! - **Advance** (2) from e to n: s = the sum of sub-buckets n−K to n−1. Record head's count in e's slot (3), then
 //!   compare-and-swap head to `[n | cost]`, or to `[n | 0]` where s + cost > L, then raise prior to `[n | s]` (4).
+//!   Where n is more than K later and gets a permit, (3) is left out: no sum from n on asks for e, and what is closed or
+//!   exported with a permit in n is placed at n or later, where e does not count. The ring is not touched then.
 //! - **Mend** (5): where prior's epoch is not head's, the winner of an advance has not reached (4). Any thread
 //!   sums the ring itself, raises prior and goes on, so a stalled thread stops nobody.
 //! - **Refuse** (6): walk the slots, oldest first, until enough would have left; head must still be in its epoch.
@@ -62,9 +66,13 @@
 //! *Progress*: a loop runs again only because another thread moved head or raised prior, that is, got further.
 //! Prior is never ahead of head, as it is raised only for an epoch that head has had; one behind is mended.
 
+mod counts;
+mod ring;
+
+pub use counts::WindowCounts;
+
 use super::limit::{
-    CLOSED, Grid, LANES, LAST_EPOCH, Lanes, Limit, MAX_COUNT, capacity, count_of, epoch_of, pack, seconds_until,
-    ticks_at,
+    CLOSED, Grid, LANES, LAST_EPOCH, Limit, capacity, count_of, epoch_of, pack, seconds_until, ticks_at,
 };
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 
@@ -72,16 +80,16 @@ use super::sync::{AtomicU32, AtomicU64, Ordering};
 pub type Window = SlidingWindow<60>;
 
 /// A sliding window of `K` sub-buckets. [`Window`] is the one to use; a model checker wants shorter rings.
-pub struct SlidingWindow<const K: u64>(Box<State<[AtomicU64]>>);
-
-/// The first three words and the start of the ring share a cache line, which no other window shares.
-#[repr(C, align(64))]
-struct State<Ring: ?Sized> {
+///
+/// The common path stays within its 40 bytes, which fit into one cache line; whoever keeps several places each in a line
+/// of its own, so that threads with different keys do not disturb each other.
+#[repr(C)]
+pub struct SlidingWindow<const K: u64> {
     head: AtomicU64,
     prior: AtomicU64,
     window_ms: u32,
     oldest: AtomicU32,
-    ring: Ring,
+    ring: Box<[AtomicU64]>,
 }
 
 /// A permit, or several taken at once.
@@ -134,9 +142,9 @@ impl<const K: u64> SlidingWindow<K> {
         // By the limit's length rather than the window's, which would have to be waited for; they are compared first.
         let grid = Grid::<K>::new(window_ms(limit));
         let now = ticks_at(now_ns);
-        let head = self.0.head.load(Ordering::Acquire); // (1)
-        let prior = self.0.prior.load(Ordering::Acquire); // (1)
-        let hint = self.0.oldest.load(Ordering::Acquire);
+        let head = self.head.load(Ordering::Acquire); // (1)
+        let prior = self.prior.load(Ordering::Acquire); // (1)
+        let hint = self.oldest.load(Ordering::Acquire);
         let epoch = epoch_of(head);
         let counted = sum_of(count_of(prior), count_of(head), cost);
         // Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
@@ -160,7 +168,7 @@ impl<const K: u64> SlidingWindow<K> {
         let grid = self.grid_for(limit, cost)?;
         let now = ticks_at(now_ns);
         loop {
-            let head = self.0.head.load(Ordering::Acquire);
+            let head = self.head.load(Ordering::Acquire);
             if head == CLOSED {
                 return Err(Refused::Retired);
             }
@@ -168,7 +176,7 @@ impl<const K: u64> SlidingWindow<K> {
             if next > LAST_EPOCH {
                 return Err(END_OF_EPOCHS);
             }
-            let prior = self.0.prior.load(Ordering::Acquire);
+            let prior = self.prior.load(Ordering::Acquire);
             let sum = self.sum_before(next, head, prior);
             let counted = sum_of(sum, count_at(next, head), cost);
             if counted > u64::from(limit.permits()) {
@@ -186,14 +194,14 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// How many permits count against a limit now; those of a closed window have gone elsewhere, so 0.
     pub fn used(&self, now_ns: u64) -> u32 {
-        let grid = Grid::<K>::new(self.0.window_ms);
+        let grid = Grid::<K>::new(self.window_ms);
         loop {
-            let head = self.0.head.load(Ordering::Acquire);
+            let head = self.head.load(Ordering::Acquire);
             if head == CLOSED {
                 return 0;
             }
             let next = grid.epoch_at(ticks_at(now_ns)).max(epoch_of(head));
-            let prior = self.0.prior.load(Ordering::Acquire);
+            let prior = self.prior.load(Ordering::Acquire);
             let counted = sum_of(self.sum_before(next, head, prior), count_at(next, head), 0);
             if self.still_in(epoch_of(head)) {
                 return counted as u32;
@@ -204,14 +212,14 @@ impl<const K: u64> SlidingWindow<K> {
     /// Closes the window if no permit in it counts any more, so that it can be given back. Returns whether the window
     /// is closed now; then [`SlidingWindow::take`] answers [`Refused::Retired`] for ever.
     pub fn retire_if_idle(&self, now_ns: u64) -> bool {
-        let grid = Grid::<K>::new(self.0.window_ms);
+        let grid = Grid::<K>::new(self.window_ms);
         loop {
-            let head = self.0.head.load(Ordering::Acquire);
+            let head = self.head.load(Ordering::Acquire);
             if head == CLOSED {
                 return true;
             }
             let next = grid.epoch_at(ticks_at(now_ns)).max(epoch_of(head));
-            let prior = self.0.prior.load(Ordering::Acquire);
+            let prior = self.prior.load(Ordering::Acquire);
             if sum_of(self.sum_before(next, head, prior), count_at(next, head), 0) > 0 {
                 // Whatever moved meanwhile took a permit or advanced: not idle, or to be seen next time.
                 return false;
@@ -224,95 +232,17 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// Whether the window is closed.
     pub fn is_retired(&self) -> bool {
-        self.0.head.load(Ordering::Acquire) == CLOSED
-    }
-
-    /// Closes the window, if nobody did so before, and returns what was counted in it. No permit is taken after.
-    ///
-    /// Every caller gets the same counts, so that a thread that finds a closed window can replace it itself: build
-    /// the new one from these counts, and install it where the old one still stands. Only one must win that.
-    pub fn close_and_export(&self) -> WindowCounts {
-        loop {
-            let head = self.0.head.load(Ordering::Acquire);
-            if head == CLOSED || self.close(head) {
-                let mut counts = WindowCounts::default();
-                self.collect(None, &mut counts);
-                return counts;
-            }
-        }
-    }
-
-    /// What counts now, by sub-bucket. Never less than what was given before the call began.
-    pub fn export(&self, now_ns: u64) -> WindowCounts {
-        let mut counts = WindowCounts::default();
-        self.export_into(now_ns, &mut counts);
-        counts
-    }
-
-    /// [`SlidingWindow::export`] into counts that were used before, which spares an allocation.
-    pub fn export_into(&self, now_ns: u64, counts: &mut WindowCounts) {
-        let now_epoch = Grid::<K>::new(self.0.window_ms).epoch_at(ticks_at(now_ns));
-        loop {
-            let head = self.0.head.load(Ordering::Acquire);
-            counts.clear();
-            if head == CLOSED {
-                self.collect(None, counts);
-                return;
-            }
-            self.collect(Some((head, now_epoch)), counts);
-            if self.still_in(epoch_of(head)) {
-                return;
-            }
-        }
-    }
-
-    /// A window that begins with these counts, each at the end of its sub-bucket (never later than the clock), so
-    /// that none is forgiven early. Wide enough for the limit and for the counts, whichever is more.
-    pub fn import(limit: Limit, counts: &WindowCounts, now_ns: u64) -> Self {
-        let grid = Grid::<K>::new(window_ms(limit));
-        let now_ns = now_ns.max(counts.first_ns);
-        let head_epoch = grid.epoch_at(ticks_at(now_ns)).min(LAST_EPOCH);
-        let first_epoch = head_epoch.saturating_sub(K);
-
-        // By age: the youngest are kept first where the sum is beyond what can be counted at all. The sum is then at
-        // or above every limit for as long as anything left out could have mattered.
-        let mut by_age = vec![0_u64; K as usize + 1];
-        for (last_ns, count) in counts.iter() {
-            let epoch = grid.epoch_at(ticks_at(last_ns.min(now_ns))).min(head_epoch);
-            if epoch >= first_epoch {
-                by_age[(head_epoch - epoch) as usize] += u64::from(count);
-            }
-        }
-        let mut sum = 0;
-        for count in &mut by_age {
-            *count = (*count).min(u64::from(MAX_COUNT) - sum);
-            sum += *count;
-        }
-
-        let window = Self::at(window_ms(limit), limit.permits().max(sum as u32), head_epoch);
-        for (age, &count) in by_age.iter().enumerate().skip(1).filter(|&(_, &count)| count > 0) {
-            window.record(head_epoch - age as u64, count as u32);
-        }
-        // Nobody else has the window yet; whoever hands it over synchronises.
-        window
-            .0
-            .head
-            .store(pack(head_epoch, by_age[0] as u32), Ordering::Relaxed);
-        window
-            .0
-            .prior
-            .store(pack(head_epoch, (sum - by_age[0]) as u32), Ordering::Relaxed);
-        window
+        self.head.load(Ordering::Acquire) == CLOSED
     }
 
     /// The window's length in milliseconds.
     pub fn window_ms(&self) -> u64 {
-        u64::from(self.0.window_ms)
+        u64::from(self.window_ms)
     }
 
-    /// The memory the window occupies on the heap, in bytes.
-    pub fn heap_bytes(&self) -> usize {
-        size_of_val(&*self.0)
+    /// The memory that the window takes, in bytes: its own and its ring's.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(&*self.ring)
     }
 
     /// A window at an epoch, for counts up to `most`.
@@ -321,23 +251,20 @@ impl<const K: u64> SlidingWindow<K> {
             .into_iter()
             .find(|&lanes| K.is_multiple_of(lanes) && most <= capacity(lanes))
             .unwrap_or(1);
-        SlidingWindow(match K / lanes + 1 {
-            2 => allocate::<2>(window_ms, epoch, K),
-            3 => allocate::<3>(window_ms, epoch, K),
-            4 => allocate::<4>(window_ms, epoch, K),
-            5 => allocate::<5>(window_ms, epoch, K),
-            13 => allocate::<13>(window_ms, epoch, K),
-            21 => allocate::<21>(window_ms, epoch, K),
-            31 => allocate::<31>(window_ms, epoch, K),
-            61 => allocate::<61>(window_ms, epoch, K),
-            words => unreachable!("K is 60, or at most 4 in a model, not one that takes {words} words"),
-        })
+        SlidingWindow {
+            head: AtomicU64::new(pack(epoch, 0)),
+            prior: AtomicU64::new(pack(epoch, 0)),
+            window_ms,
+            // Too old to count, now and for as long as head moves on from here.
+            oldest: AtomicU32::new((epoch as u32).wrapping_sub(K as u32 + 1)),
+            ring: (0..K / lanes + 1).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     /// How many counts share a word of the ring: its length tells.
     #[inline]
     fn lanes(&self) -> u64 {
-        let words = self.0.ring.len() as u64;
+        let words = self.ring.len() as u64;
         LANES
             .into_iter()
             .find(|&lanes| K.is_multiple_of(lanes) && words == K / lanes + 1)
@@ -347,7 +274,7 @@ impl<const K: u64> SlidingWindow<K> {
     /// Whether the window is of the limit's length, and its counts can grow as far as the limit.
     #[inline]
     fn can_serve(&self, limit: Limit) -> bool {
-        window_ms(limit) == self.0.window_ms && limit.permits() <= capacity(self.lanes())
+        window_ms(limit) == self.window_ms && limit.permits() <= capacity(self.lanes())
     }
 
     /// The grid, if the window can serve the limit and the limit the cost.
@@ -358,7 +285,7 @@ impl<const K: u64> SlidingWindow<K> {
         if !self.can_serve(limit) {
             return Err(Refused::Outgrown);
         }
-        Ok(Grid::new(self.0.window_ms))
+        Ok(Grid::new(self.window_ms))
     }
 
     /// A take that the common path did not finish, or lost to another thread. Apart, so that the common path keeps
@@ -377,19 +304,18 @@ impl<const K: u64> SlidingWindow<K> {
     #[inline]
     fn swap_in(&self, head: u64, cost: u32) -> bool {
         let more = head + u64::from(cost);
-        self.0
-            .head
+        self.head
             .compare_exchange(head, more, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 
     /// One attempt at a take, in full: takes, refuses, mends prior on the way, or advances. `None`: look again.
     fn take_once(&self, limit: Limit, cost: u32, grid: Grid<K>, now: u64) -> Option<Result<Taken, Refused>> {
-        let head = self.0.head.load(Ordering::Acquire); // (1)
+        let head = self.head.load(Ordering::Acquire); // (1)
         if head == CLOSED {
             return Some(Err(Refused::Retired));
         }
-        let prior = self.0.prior.load(Ordering::Acquire);
+        let prior = self.prior.load(Ordering::Acquire);
         let epoch = epoch_of(head);
         let next = if now < grid.start_of(epoch + 1) {
             epoch
@@ -404,13 +330,13 @@ impl<const K: u64> SlidingWindow<K> {
         let fits = counted <= u64::from(limit.permits());
         if next == epoch {
             if epoch_of(prior) != epoch {
-                self.0.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
+                self.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
             }
             if !fits {
                 return self.refusal(epoch, counted, limit, grid, now).map(Err);
             }
         }
-        let hint = self.0.oldest.load(Ordering::Acquire);
+        let hint = self.oldest.load(Ordering::Acquire);
         let oldest = match Self::oldest_by(hint, next) {
             Some(oldest) => oldest,
             None if sum == 0 => next,
@@ -433,14 +359,15 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// (2) Moves head to `next`, before which `sum` permits count, with `first` permits in it. Whether it did.
     fn advance(&self, head: u64, next: u64, sum: u32, first: u32) -> bool {
-        self.record(epoch_of(head), count_of(head)); // (3)
+        if next - epoch_of(head) <= K || first == 0 {
+            self.record(epoch_of(head), count_of(head)); // (3)
+        }
         let moved = self
-            .0
             .head
             .compare_exchange(head, pack(next, first), Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
         if moved {
-            self.0.prior.fetch_max(pack(next, sum), Ordering::Release); // (4)
+            self.prior.fetch_max(pack(next, sum), Ordering::Release); // (4)
         }
         moved
     }
@@ -448,8 +375,7 @@ impl<const K: u64> SlidingWindow<K> {
     /// (7) Whether it was this call that closed the window.
     fn close(&self, head: u64) -> bool {
         self.record(epoch_of(head), count_of(head)); // (3)
-        self.0
-            .head
+        self.head
             .compare_exchange(head, CLOSED, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
@@ -478,7 +404,7 @@ impl<const K: u64> SlidingWindow<K> {
     #[inline(never)]
     fn refusal(&self, epoch: u64, counted: u64, limit: Limit, grid: Grid<K>, now: u64) -> Option<Refused> {
         let excess = counted - u64::from(limit.permits());
-        let hint = self.0.oldest.load(Ordering::Acquire);
+        let hint = self.oldest.load(Ordering::Acquire);
         let from = Self::oldest_by(hint, epoch).unwrap_or(epoch.saturating_sub(K));
         // What the slots do not free, head's own count does: the cost alone is within the limit.
         let (mut oldest, mut last, mut freed) = (epoch, epoch, 0);
@@ -508,7 +434,7 @@ impl<const K: u64> SlidingWindow<K> {
     /// The second look at head: whether what was read of prior and ring since head was in `epoch` was right.
     #[inline]
     fn still_in(&self, epoch: u64) -> bool {
-        epoch_of(self.0.head.load(Ordering::Acquire)) == epoch
+        epoch_of(self.head.load(Ordering::Acquire)) == epoch
     }
 
     /// The oldest counted epoch by the hint, where it still counts under a head at `epoch`.
@@ -525,126 +451,15 @@ impl<const K: u64> SlidingWindow<K> {
     /// Notes the oldest epoch with a permit in it, after head was seen unmoved. Release, as every use of the hint ends
     /// in a look at head, too.
     fn note_oldest(&self, oldest: u64) {
-        self.0.oldest.store(oldest as u32, Ordering::Release);
-    }
-
-    /// The first epoch in `from..to` with a permit in its slot.
-    fn first_counted(&self, from: u64, to: u64) -> Option<u64> {
-        let mut first = None;
-        self.walk(from, to, |slot, _| {
-            first = Some(slot);
-            false
-        });
-        first
-    }
-
-    fn sum_of_slots(&self, from: u64, to: u64) -> u32 {
-        let mut sum = 0;
-        self.walk(from, to, |_, count| {
-            sum += count;
-            true
-        });
-        sum
-    }
-
-    /// Collects the counts under `head` that still count at `now_epoch`; of a closed window all that the slots have.
-    fn collect(&self, open: Option<(u64, u64)>, counts: &mut WindowCounts) {
-        let grid = Grid::<K>::new(self.0.window_ms);
-        match open {
-            Some((head, now_epoch)) => {
-                let epoch = epoch_of(head);
-                let from = now_epoch.max(epoch).saturating_sub(K);
-                self.walk(from, epoch, |slot, count| {
-                    counts.add(grid.first_ns(slot), grid.last_ns(slot), count);
-                    true
-                });
-                if count_of(head) > 0 && epoch >= from {
-                    counts.add(grid.first_ns(epoch), grid.last_ns(epoch), count_of(head));
-                }
-            }
-            None => match self.lanes() {
-                5 => self.collect_all::<5>(grid, counts),
-                3 => self.collect_all::<3>(grid, counts),
-                2 => self.collect_all::<2>(grid, counts),
-                _ => self.collect_all::<1>(grid, counts),
-            },
-        }
-    }
-
-    fn collect_all<const N: u64>(&self, grid: Grid<K>, counts: &mut WindowCounts) {
-        for word in &self.0.ring {
-            let word = word.load(Ordering::Acquire);
-            for epoch in epoch_of(word) * N..(epoch_of(word) + 1) * N {
-                let count = Lanes::<N>::count_in(word, epoch);
-                if count > 0 {
-                    counts.add(grid.first_ns(epoch), grid.last_ns(epoch), count);
-                }
-            }
-        }
-        counts.sort();
-    }
-
-    /// Visits the slots of the epochs `from..to` that have a count, oldest first, for as long as `visit` says so.
-    #[inline]
-    fn walk(&self, from: u64, to: u64, visit: impl FnMut(u64, u32) -> bool) {
-        match self.lanes() {
-            5 => self.walk_lanes::<5>(from, to, visit),
-            3 => self.walk_lanes::<3>(from, to, visit),
-            2 => self.walk_lanes::<2>(from, to, visit),
-            _ => self.walk_lanes::<1>(from, to, visit),
-        }
-    }
-
-    #[inline]
-    fn walk_lanes<const N: u64>(&self, from: u64, to: u64, mut visit: impl FnMut(u64, u32) -> bool) {
-        let mut epoch = from;
-        let mut index = (from / N % (K / N + 1)) as usize;
-        while epoch < to {
-            let group = epoch / N;
-            let word = self.0.ring[index].load(Ordering::Acquire); // a release by `record` precedes it
-            let end = to.min((group + 1) * N);
-            if epoch_of(word) == group {
-                for slot in epoch..end {
-                    let count = Lanes::<N>::count_in(word, slot);
-                    if count > 0 && !visit(slot, count) {
-                        return;
-                    }
-                }
-            }
-            epoch = end;
-            index = if index + 1 == self.0.ring.len() { 0 } else { index + 1 };
-        }
-    }
-
-    /// (3) Raises the slot of `epoch` to `count`. An absent slot is a count of 0 already.
-    fn record(&self, epoch: u64, count: u32) {
-        if count > 0 {
-            match self.lanes() {
-                5 => self.record_lane::<5>(epoch, count),
-                3 => self.record_lane::<3>(epoch, count),
-                2 => self.record_lane::<2>(epoch, count),
-                _ => self.record_lane::<1>(epoch, count),
-            }
-        }
-    }
-
-    fn record_lane<const N: u64>(&self, epoch: u64, count: u32) {
-        let slot = &self.0.ring[(epoch / N % (K / N + 1)) as usize];
-        let mut word = slot.load(Ordering::Relaxed); // what it leads to is checked by the swap
-        while let Some(raised) = Lanes::<N>::record(word, epoch, count) {
-            match slot.compare_exchange_weak(word, raised, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return,
-                Err(found) => word = found,
-            }
-        }
+        self.oldest.store(oldest as u32, Ordering::Release);
     }
 }
 
 impl<const K: u64> std::fmt::Debug for SlidingWindow<K> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let head = self.0.head.load(Ordering::Acquire);
+        let head = self.head.load(Ordering::Acquire);
         let mut out = f.debug_struct("Window");
-        out.field("window_ms", &self.0.window_ms)
+        out.field("window_ms", &self.window_ms)
             .field("capacity", &capacity(self.lanes()));
         if head == CLOSED {
             out.field("closed", &true)
@@ -652,66 +467,6 @@ impl<const K: u64> std::fmt::Debug for SlidingWindow<K> {
             out.field("epoch", &epoch_of(head))
         }
         .finish()
-    }
-}
-
-/// What was counted in a window, by sub-bucket.
-///
-/// A sub-bucket is named by the last nanosecond that falls in it: the latest that its permits can have been given.
-/// Whoever converts that to a coarser unit rounds up.
-#[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub struct WindowCounts {
-    /// `(last_ns, count)`, oldest first.
-    entries: Vec<(u64, u32)>,
-    /// When the newest sub-bucket began, or 0: no clock that counts in it is earlier.
-    first_ns: u64,
-}
-
-impl WindowCounts {
-    /// Counts read back from a journal: `(last_ns, count)` in the present clock's nanoseconds, in any order.
-    pub fn from_pairs(pairs: impl IntoIterator<Item = (u64, u32)>) -> Self {
-        let mut counts = WindowCounts {
-            entries: pairs.into_iter().collect(),
-            first_ns: 0,
-        };
-        counts.sort();
-        counts
-    }
-
-    /// The sub-buckets with permits in them, oldest first: the last nanosecond of each, and how many.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (u64, u32)> {
-        self.entries.iter().copied()
-    }
-
-    /// Adds what was counted elsewhere, such as in the same key's window before a restart.
-    pub fn merge(&mut self, other: &WindowCounts) {
-        self.entries.extend_from_slice(&other.entries);
-        self.first_ns = self.first_ns.max(other.first_ns);
-        self.sort();
-    }
-
-    /// All permits.
-    pub fn total(&self) -> u64 {
-        self.entries.iter().map(|&(_, count)| u64::from(count)).sum()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    fn add(&mut self, first_ns: u64, last_ns: u64, count: u32) {
-        self.entries.push((last_ns, count));
-        self.first_ns = self.first_ns.max(first_ns);
-    }
-
-    fn clear(&mut self) {
-        self.entries.clear();
-        self.first_ns = 0;
-    }
-
-    fn sort(&mut self) {
-        self.entries.sort_unstable();
     }
 }
 
@@ -749,15 +504,4 @@ fn taken<const K: u64>(limit: Limit, counted: u64, oldest: u64, grid: Grid<K>, n
         remaining: limit.permits() - counted as u32,
         reset_s,
     }
-}
-
-fn allocate<const WORDS: usize>(window_ms: u32, epoch: u64, k: u64) -> Box<State<[AtomicU64]>> {
-    Box::new(State {
-        head: AtomicU64::new(pack(epoch, 0)),
-        prior: AtomicU64::new(pack(epoch, 0)),
-        window_ms,
-        // Too old to count, now and for as long as head moves on from here.
-        oldest: AtomicU32::new((epoch as u32).wrapping_sub(k as u32 + 1)),
-        ring: std::array::from_fn::<_, WORDS, _>(|_| AtomicU64::new(0)),
-    })
 }

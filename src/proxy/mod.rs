@@ -165,7 +165,7 @@ impl Proxy {
             .request_id
             .get_or_insert_with(|| self.0.ids.of(&session.req_header().headers))
             .clone();
-        let rate = context.refusal.as_ref().and_then(|refusal| refusal.rate.as_ref());
+        let rate = context.refusal.as_ref().and_then(|refusal| refusal.rate());
         steps::answer(session, answer, rate, &compiled.response, &request_id).await
     }
 

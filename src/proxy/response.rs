@@ -246,7 +246,7 @@ impl From<&EdgeRefusal> for Answer {
 pub fn add_rate_limit(
     head: &mut ResponseHeader,
     settings: &ResponseSettings,
-    rate: &RateStatus,
+    rate: RateStatus<'_>,
 ) -> pingora::Result<()> {
     let (limit, window_s) = (rate.limit.permits(), rate.limit.window_s());
     if settings.rate_limit {

@@ -52,9 +52,9 @@ impl OurHeaders {
             let key_id = HeaderValue::from_str(holder.key_id())
                 .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
             request.insert_header(&self.key_id, key_id)?;
-            request.insert_header(&self.organization, &holder.headers().organization)?;
-            request.insert_header(&self.environment, &holder.headers().environment)?;
-            request.insert_header(&self.scopes, &holder.headers().scopes)?;
+            request.insert_header(&self.organization, holder.headers().organization)?;
+            request.insert_header(&self.environment, holder.headers().environment)?;
+            request.insert_header(&self.scopes, holder.headers().scopes)?;
         }
         if let Access::Keyed { tier, .. } = &permit.route().access {
             request.insert_header(&self.tier, &tier.header)?;
@@ -96,7 +96,7 @@ pub(super) async fn refuse_as(
     settings: &ResponseSettings,
     request_id: &HeaderValue,
 ) -> pingora::Result<()> {
-    let rate = refusal.rate.as_ref();
+    let rate = refusal.rate();
     read_on(session);
     answer(session, &Answer::of(refusal), rate, settings, request_id).await
 }
@@ -112,7 +112,7 @@ pub(super) fn read_on(session: &mut Session) {
 pub(super) async fn answer(
     session: &mut Session,
     answer: &Answer,
-    rate: Option<&RateStatus>,
+    rate: Option<RateStatus<'_>>,
     settings: &ResponseSettings,
     request_id: &HeaderValue,
 ) -> pingora::Result<()> {

@@ -1,0 +1,42 @@
+//! When memory that readers may be looking at can be used again.
+//!
+//! A reader holds what is in force when its request comes, for one decision. A writer that takes something out of use (a
+//! slot, a map) first puts something else in force, and lays what it replaced in this queue, with the slots that can be
+//! reached through it and nothing later. An `ArcSwap` that is written to turns every reader's hold on the old value into
+//! a count of its `Arc`, so when an entry's `Arc` is ours alone, the last reader of that moment has left; when it is so
+//! for all entries up to one, nobody is in its slots. Readers wait for nothing, and writers do not wait for them: what
+//! cannot be used again yet is looked at with the next change.
+//!
+//! It also keeps the freeing of a replaced map away from requests: the last to drop it is always a writer.
+
+use super::slots::SlotId;
+use super::snapshot::InForce;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// What was in force, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Retired(VecDeque<(Arc<InForce>, Vec<SlotId>)>);
+
+impl Retired {
+    /// Lays down what was replaced just now, and the slots that are of no use since.
+    pub fn push(&mut self, replaced: Arc<InForce>, slots: Vec<SlotId>) {
+        self.0.push_back((replaced, slots));
+    }
+
+    /// The slots that no reader can be in any more.
+    pub fn take_free(&mut self) -> Vec<SlotId> {
+        let mut free = vec![];
+        while let Some((replaced, slots)) = self.0.pop_front() {
+            match Arc::try_unwrap(replaced) {
+                // That acquires what the readers did before they left.
+                Ok(_) => free.extend(slots),
+                Err(replaced) => {
+                    self.0.push_front((replaced, slots));
+                    break;
+                }
+            }
+        }
+        free
+    }
+}

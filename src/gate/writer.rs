@@ -1,0 +1,123 @@
+//! The one writer's side of the slots: which key has which, and which are free.
+
+use super::key::{KeyId, SecretDigest};
+use super::slots::{NONE, Slot, SlotId, Slots};
+use super::terms::{Terms, TermsTable};
+use super::update::KeyError;
+use hashbrown::HashTable;
+use std::fmt;
+use std::sync::Arc;
+
+/// What only a writer needs to know.
+pub(super) struct Writer {
+    /// The owner slots, by the ids of their keys.
+    ids: HashTable<SlotId>,
+    hasher: ahash::RandomState,
+    free: Vec<SlotId>,
+    next: SlotId,
+    pub terms: TermsTable,
+    /// Secrets that were taken out and to which a map may still lead.
+    pub gone: Vec<(SecretDigest, SlotId)>,
+}
+
+impl Writer {
+    pub fn new() -> Self {
+        Writer {
+            ids: HashTable::new(),
+            hasher: ahash::RandomState::new(),
+            free: vec![],
+            next: 0,
+            terms: TermsTable::default(),
+            gone: vec![],
+        }
+    }
+
+    /// How many keys have a slot.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    pub fn reserve(&mut self, slots: &Slots, keys: usize) {
+        let hasher = &self.hasher;
+        self.ids
+            .reserve(keys.saturating_sub(self.ids.len()), |id| hash_of(hasher, slots, *id));
+    }
+
+    /// The owner slot of a key.
+    pub fn find(&self, slots: &Slots, id: &str) -> Option<SlotId> {
+        let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
+        self.ids.find(self.hasher.hash_one(id), same).copied()
+    }
+
+    /// The owner slot of a key, made if it is new; and whether it is.
+    pub fn find_or_add(&mut self, slots: &Slots, id: &str) -> Result<(SlotId, bool), KeyError> {
+        if let Some(found) = self.find(slots, id) {
+            return Ok((found, false));
+        }
+        let (owner, slot) = self.take_slot(slots)?;
+        let key_id = KeyId::from(id);
+        slot.set_key_id(&key_id);
+        if let KeyId::Shared(long_id) = key_id {
+            slot.terms.store(Some(Arc::new(Terms::of_unknown_key(Some(long_id)))));
+        }
+        let hasher = &self.hasher;
+        self.ids
+            .insert_unique(hasher.hash_one(id), owner, |held| hash_of(hasher, slots, *held));
+        Ok((owner, true))
+    }
+
+    /// A slot for one more secret of the key.
+    pub fn add_secret_slot(&mut self, slots: &Slots, owner: SlotId) -> Result<SlotId, KeyError> {
+        let (id, slot) = self.take_slot(slots)?;
+        slot.set_owner(owner);
+        Ok(id)
+    }
+
+    fn take_slot<'s>(&mut self, slots: &'s Slots) -> Result<(SlotId, &'s Slot), KeyError> {
+        let id = match self.free.pop() {
+            Some(id) => id,
+            None => {
+                if self.next == NONE || !slots.allocate(self.next) {
+                    return Err(KeyError::TooMany);
+                }
+                self.next += 1;
+                self.next - 1
+            }
+        };
+        slots.get(id).map(|slot| (id, slot)).ok_or(KeyError::TooMany)
+    }
+
+    /// Makes a slot free, which no reader can be in.
+    pub fn free(&mut self, slots: &Slots, id: SlotId) {
+        if let Some(slot) = slots.get(id) {
+            slot.clear();
+            self.free.push(id);
+        }
+    }
+
+    /// Forgets that the key has an owner slot.
+    pub fn remove(&mut self, slots: &Slots, id: &str) {
+        let hash = self.hasher.hash_one(id);
+        let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
+        if let Ok(entry) = self.ids.find_entry(hash, same) {
+            entry.remove();
+        }
+    }
+
+    /// All slots that were ever taken.
+    pub fn slot_ids(&self) -> std::ops::Range<SlotId> {
+        0..self.next
+    }
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer")
+            .field("keys", &self.ids.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn hash_of(hasher: &ahash::RandomState, slots: &Slots, id: SlotId) -> u64 {
+    slots.get(id).map_or(0, |slot| hasher.hash_one(slot.key_id().as_str()))
+}
