@@ -17,12 +17,14 @@ use crate::gate::Gate;
 use crate::meter::{self, Meter};
 use crate::proxy::access_log::{self, AccessLog};
 use crate::proxy::edge::{Edge, EdgeObserver, EdgeRefusal, EdgeSettings};
-use crate::proxy::tls::EdgeTls;
+use crate::proxy::slots::Capped;
 use crate::proxy::{self, Proxy};
 use crate::telemetry::admin::{self, Admin};
 use crate::telemetry::logs;
+use crate::tls::{self, ListenerTls, TlsError};
 use lifecycle::{Lifecycle, Signals, Stage, Task};
 use listeners::Handover;
+use metrics::{EdgeCounts, Reloads, Sources};
 use pingora::listeners::{L4BufferSettings, ListenerConfig};
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, Server};
@@ -35,8 +37,8 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 /// What `tollgate run` is told beside the configuration.
@@ -105,6 +107,12 @@ impl From<config::Faults> for AppError {
     }
 }
 
+impl From<TlsError> for AppError {
+    fn from(error: TlsError) -> Self {
+        AppError::Failed(error.to_string())
+    }
+}
+
 /// Runs the roles that the configuration has sections for, until a signal ends the process.
 ///
 /// # Errors
@@ -112,6 +120,17 @@ impl From<config::Faults> for AppError {
 pub fn run(config: Config, options: RunOptions) -> Result<(), AppError> {
     start_logging(&config.log)?;
     Process::assemble(config, Some(options.config_path), None)?.run()
+}
+
+/// The reference page of all metrics, as `src/manual/metrics.md` has it.
+pub fn metrics_reference() -> String {
+    metrics::reference()
+}
+
+/// The names of all metrics and of their labels.
+pub fn metric_names() -> Vec<(&'static str, &'static [&'static str])> {
+    let all = metrics::GROUPS.iter().flat_map(|(_, metrics)| *metrics);
+    all.map(|metric| (metric.name, metric.labels)).collect()
 }
 
 /// Runs everything in one process on the built-in configuration, with a demo upstream, and prints a key.
@@ -196,6 +215,9 @@ struct Process {
     clock: Clock,
     bound: Bound,
     control: Option<BoundListener>,
+    control_tls: Option<Arc<ListenerTls>>,
+    /// Set once the control plane has opened its database.
+    opened_control: Arc<OnceLock<ControlPlane>>,
     admin: Option<BoundListener>,
     demo: Option<BoundListener>,
     gate: Option<GateRole>,
@@ -208,9 +230,10 @@ struct GateRole {
     feed: Arc<Feed>,
     meter: Arc<Meter>,
     listeners: Vec<BoundListener>,
-    edges: Vec<(EdgeSettings, Option<Arc<EdgeTls>>)>,
+    edges: Vec<(EdgeSettings, Option<Arc<ListenerTls>>)>,
     access_log: Option<(AccessLog, access_log::Writer)>,
     in_flight: Arc<AtomicU64>,
+    edge_counts: Arc<EdgeCounts>,
 }
 
 impl Process {
@@ -228,6 +251,7 @@ impl Process {
             .as_ref()
             .map(|admin| listeners::bind(&admin.address))
             .transpose()?;
+        let control_tls = settings::control_tls(&config).map(ListenerTls::load).transpose()?;
         let bound = Bound {
             control: control.as_ref().map(|(_, address)| *address),
         };
@@ -242,6 +266,8 @@ impl Process {
             clock,
             bound,
             control,
+            control_tls: control_tls.map(Arc::new),
+            opened_control: Arc::default(),
             admin,
             demo,
             gate,
@@ -252,6 +278,13 @@ impl Process {
     fn state_dir(&self) -> Option<&Path> {
         let gate = self.config.gate.as_ref().map(|gate| gate.state_dir.as_path());
         gate.or(self.config.control.as_ref().map(|control| control.state_dir.as_path()))
+    }
+
+    /// The certificates of every listener.
+    fn certificates(&self) -> Vec<Arc<ListenerTls>> {
+        let edges = self.gate.iter().flat_map(|gate| &gate.edges);
+        let all = edges.map(|(_, tls)| tls).chain([&self.control_tls]);
+        all.flatten().cloned().collect()
     }
 
     fn announce(&self) -> Result<(), AppError> {
@@ -311,6 +344,10 @@ impl Process {
             ));
         }
         let reloader = Arc::new(Reloader::new(&self));
+        let certificates = self.certificates();
+        if !certificates.is_empty() {
+            server.add_service(background_service("certificates", Task::new(tls::watch(certificates))));
+        }
         let admin = self.admin_listener(&reloader);
         if let Some((listener, _)) = self.admin.take() {
             let ended = lifecycle.reached(Stage::Ending);
@@ -344,6 +381,8 @@ impl Process {
         // What the portal's `curl` lines call: this process's own gate, if it is one.
         settings.gate_url = self.gate.as_ref().and_then(GateRole::url);
         let clock = self.clock.clone();
+        let tls = self.control_tls.clone();
+        let opened = self.opened_control.clone();
         let ended = lifecycle.reached(Stage::Ending);
         let running = lifecycle.task(Stage::Ending);
         let dev = self.demo.is_some().then(|| DevPrinter {
@@ -368,6 +407,8 @@ impl Process {
                         std::process::exit(1);
                     }
                 };
+                // Set nowhere else.
+                let _ = opened.set(control.clone());
                 let listener = match tokio::net::TcpListener::from_std(listener) {
                     Ok(listener) => listener,
                     Err(error) => return log::error!("the control plane cannot listen: {error}"),
@@ -375,7 +416,7 @@ impl Process {
                 if let Some(dev) = dev {
                     tokio::spawn(dev.print(control.clone()));
                 }
-                if let Err(error) = control.serve(listener, ended).await {
+                if let Err(error) = control.serve(listener, tls, ended).await {
                     log::error!("the control plane ended: {error}");
                 }
             }),
@@ -383,18 +424,36 @@ impl Process {
     }
 
     fn admin_listener(&self, reloader: &Arc<Reloader>) -> Arc<Admin> {
+        let reloads = &reloader.outcomes;
         let reloader = reloader.clone();
         let gate = self.gate.as_ref();
-        let parts = gate.map(|gate| (gate.gate.clone(), gate.feed.clone(), gate.in_flight.clone()));
+        let name = self
+            .config
+            .gate
+            .as_ref()
+            .map(|gate| gate.name.clone())
+            .unwrap_or_default();
+        let parts = gate.map(|gate| GateParts {
+            name,
+            gate: gate.gate.clone(),
+            feed: gate.feed.clone(),
+            meter: gate.meter.clone(),
+            proxy: gate.proxy.clone(),
+        });
         let ready_gate = gate.map(|gate| gate.gate.clone());
-        let name = self.config.gate.as_ref().map(|gate| gate.name.clone());
         Arc::new(Admin {
-            metrics: metrics::registry(gate, &self.clock),
+            metrics: metrics::registry(Sources {
+                gate,
+                control: self.config.control.as_ref().map(|_| self.opened_control.clone()),
+                certificates: self.certificates(),
+                reloads: reloads.clone(),
+                clock: self.clock.clone(),
+            }),
             ready: Box::new(move || match &ready_gate {
                 Some(gate) if !gate.is_ready() => Err("no snapshot of the keys, or one too old".to_owned()),
                 _ => Ok(()),
             }),
-            status: Box::new(move || status(name.as_deref(), parts.as_ref())),
+            status: Box::new(move || status(parts.as_ref())),
             reload: Box::new(move || {
                 let reloader = reloader.clone();
                 Box::pin(async move { reloader.reload().await })
@@ -403,16 +462,40 @@ impl Process {
     }
 }
 
-fn status(name: Option<&str>, gate: Option<&(Arc<Gate>, Arc<Feed>, Arc<AtomicU64>)>) -> Value {
+/// What `/status` tells of a gate.
+struct GateParts {
+    name: String,
+    gate: Arc<Gate>,
+    feed: Arc<Feed>,
+    meter: Arc<Meter>,
+    proxy: Proxy,
+}
+
+fn status(parts: Option<&GateParts>) -> Value {
     let mut status = json!({"version": env!("CARGO_PKG_VERSION"), "pid": std::process::id()});
-    if let Some((gate, feed, in_flight)) = gate {
-        let feed = feed.status();
+    if let Some(GateParts {
+        name,
+        gate,
+        feed,
+        meter,
+        proxy,
+    }) = parts
+    {
+        let (feed, meter) = (feed.status(), meter.status());
+        let servers = proxy.servers().into_iter().map(|server| {
+            json!({
+                "upstream": server.upstream,
+                "address": server.address.to_string(),
+                "checked": server.is_checked,
+                "up": server.health.is_up(),
+            })
+        });
         status["gate"] = json!({
             "name": name,
             "ready": gate.is_ready(),
             "keys": gate.key_count(),
             "revision": gate.revision(),
-            "inFlight": in_flight.load(std::sync::atomic::Ordering::Relaxed),
+            "inFlight": proxy.in_flight().load(std::sync::atomic::Ordering::Relaxed),
             "feed": {
                 "source": feed.source,
                 "connected": feed.connected,
@@ -420,7 +503,14 @@ fn status(name: Option<&str>, gate: Option<&(Arc<Gate>, Arc<Feed>, Arc<AtomicU64
                 "lastHeardUnixMs": feed.last_heard_unix_ms,
                 "lastError": feed.last_error,
                 "stale": feed.stale,
+                "spoolError": feed.spool_error,
             },
+            "meter": {
+                "unsentBatches": meter.unsent_batches,
+                "postError": meter.post_error,
+                "diskError": meter.disk_error,
+            },
+            "servers": servers.collect::<Vec<_>>(),
         });
     }
     status
@@ -483,10 +573,7 @@ impl GateRole {
             .map(|listener| listeners::bind(&listener.address));
         let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
         let edge = |listener: &config::Listener| {
-            let tls = settings::tls(listener)
-                .map(EdgeTls::load)
-                .transpose()
-                .map_err(|error| failed(&error))?;
+            let tls = settings::tls(listener).map(ListenerTls::load).transpose()?;
             Ok((settings::edge(config, listener), tls.map(Arc::new)))
         };
         let edges = gate_config
@@ -503,6 +590,7 @@ impl GateRole {
             listeners,
             edges,
             access_log,
+            edge_counts: Arc::default(),
         })
     }
 
@@ -511,8 +599,9 @@ impl GateRole {
         let handover = server.add_service(Handover::new(self.listeners));
         let observer = Arc::new(EdgeLog {
             proxy: self.proxy.clone(),
+            counts: self.edge_counts,
         });
-        let proxy = Arc::new(pingora::proxy::http_proxy(&server.configuration, self.proxy));
+        let proxy = Arc::new(pingora::proxy::http_proxy(&server.configuration, self.proxy.clone()));
         // Caps on connections hold for all listeners together.
         let mut shared = None;
         for (address, (settings, tls)) in addresses.into_iter().zip(self.edges) {
@@ -548,6 +637,9 @@ impl GateRole {
                 meter.stop().await;
             }),
         ));
+        let checked = self.proxy.clone();
+        let checks = async move { checked.check_health().await };
+        server.add_service(background_service("health checks", Task::new(checks)));
         let (gate, clock) = (self.gate, clock.clone());
         server.add_service(background_service("housekeeping", Task::new(housekeeping(gate, clock))));
         self.access_log.map(|(_, writer)| writer)
@@ -557,11 +649,30 @@ impl GateRole {
 /// Logs and counts what the edge refused: such requests never reach the proxy's own logging.
 struct EdgeLog {
     proxy: Proxy,
+    counts: Arc<EdgeCounts>,
 }
 
 impl EdgeObserver for EdgeLog {
     fn refused(&self, client: Option<SocketAddr>, refusal: &EdgeRefusal, request_id: &str) {
         self.proxy.log_refused_at_the_edge(client, refusal, request_id);
+    }
+
+    fn connection_opened(&self) {
+        self.counts.opened.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn connection_closed(&self) {
+        self.counts.closed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn capped(&self, _client: Option<SocketAddr>, _why: Capped) {
+        self.counts.capped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn handshake_failed(&self, client: Option<SocketAddr>, why: &str) {
+        self.counts.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+        let client = client.map_or_else(|| "a client".to_owned(), |client| client.to_string());
+        log::debug!("the handshake of {client} failed: {why}");
     }
 }
 
@@ -598,6 +709,9 @@ struct Reloader {
     bound: Bound,
     in_force: Mutex<Config>,
     gate: Option<(Arc<Gate>, Proxy, Option<AccessLog>)>,
+    certificates: Vec<Arc<ListenerTls>>,
+    outcomes: Arc<Reloads>,
+    clock: Clock,
 }
 
 impl Reloader {
@@ -606,6 +720,12 @@ impl Reloader {
             path: process.config_path.clone(),
             bound: process.bound,
             in_force: Mutex::new(process.config.clone()),
+            certificates: process.certificates(),
+            outcomes: Arc::new(Reloads {
+                in_force_since_unix_ms: (process.clock.now().unix_ms.unsigned_abs()).into(),
+                ..Reloads::default()
+            }),
+            clock: process.clock.clone(),
             gate: process.gate.as_ref().map(|gate| {
                 (
                     gate.gate.clone(),
@@ -620,6 +740,7 @@ impl Reloader {
         let this = self.clone();
         let outcome = tokio::task::spawn_blocking(move || this.reload_now()).await;
         let outcome = outcome.unwrap_or_else(|error| Err(AppError::Failed(error.to_string())));
+        self.count(outcome.is_ok());
         match outcome {
             Ok(restart) => {
                 log::info!("the configuration was reloaded");
@@ -640,6 +761,21 @@ impl Reloader {
         }
     }
 
+    fn count(&self, succeeded: bool) {
+        let outcomes = &self.outcomes;
+        let count = if succeeded {
+            &outcomes.succeeded
+        } else {
+            &outcomes.failed
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        outcomes.last_failed.store(u64::from(!succeeded), Ordering::Relaxed);
+        if succeeded {
+            let now_ms = self.clock.now().unix_ms.unsigned_abs();
+            outcomes.in_force_since_unix_ms.store(now_ms, Ordering::Relaxed);
+        }
+    }
+
     fn reload_now(&self) -> Result<Vec<String>, AppError> {
         let Some(path) = &self.path else {
             return Err(AppError::Failed(
@@ -652,6 +788,10 @@ impl Reloader {
             .into_iter()
             .map(|needed| needed.path)
             .collect();
+        // Certificates are read again by themselves; a reload does not wait for that, and says what is wrong with one.
+        for tls in &self.certificates {
+            tls.check()?;
+        }
         if let (Some((gate, proxy, access_log)), Some(_)) = (&self.gate, &config.gate) {
             // What can fail comes before the first change.
             let proxy_settings = settings::proxy(&config, self.bound)?;
@@ -661,6 +801,9 @@ impl Reloader {
             if let Some(access_log) = access_log {
                 access_log.reopen();
             }
+        }
+        for tls in &self.certificates {
+            tls.reload()?;
         }
         logs::set_level(level(config.log.level));
         *in_force = config;

@@ -8,9 +8,9 @@
 //! | [`app`] | the composition root: configuration → running services |
 //! | [`proxy`], [`feed`], [`meter`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
-//! | [`clock`], [`wire`] | time as a value; what gates and control plane say to each other |
+//! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
 //!
-//! [`embedding`] is the manual's chapter for services that want the gate alone.
+//! Chapters of the manual: [`embedding`] for services that want the gate alone, [`operations`], [`metrics`], [`security`].
 #![forbid(unsafe_code)]
 
 pub mod app;
@@ -23,6 +23,13 @@ pub mod embedding {}
 pub mod feed;
 pub mod gate;
 pub mod meter;
+#[doc = include_str!("manual/metrics.md")]
+pub mod metrics {}
+#[doc = include_str!("manual/operations.md")]
+pub mod operations {}
 pub mod proxy;
+#[doc = include_str!("manual/security.md")]
+pub mod security {}
 pub mod telemetry;
+pub mod tls;
 pub mod wire;

@@ -11,7 +11,7 @@ const FLOORS: [&[&str]; 5] = [
     &["app"],
     &["proxy", "feed", "meter", "control", "config", "telemetry"],
     &["gate"],
-    &["clock", "wire"],
+    &["clock", "tls", "wire"],
 ];
 
 #[test]
@@ -86,6 +86,19 @@ fn nothing_unfinished_is_left_behind() {
             assert!(!code.contains(banned), "{} has {banned}", file.display());
         }
     }
+}
+
+#[test]
+fn the_page_of_metrics_is_in_step_with_their_descriptions() {
+    let path = Path::new(ROOT).join("src/manual/metrics.md");
+    let page = tollgate::app::metrics_reference();
+    if std::env::var_os("UPDATE_MANUAL").is_some() {
+        fs::write(&path, &page).unwrap();
+    }
+    assert!(
+        fs::read_to_string(&path).unwrap_or_default() == page,
+        "src/manual/metrics.md is old: UPDATE_MANUAL=1 cargo test --test tidy writes it anew"
+    );
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::config::{self, Config, FeedSource, UpstreamTarget};
 use crate::gate::limit::Limit;
 use crate::proxy::client_address::IpNet;
 use crate::proxy::edge::{EdgeSettings, Http2Settings};
-use crate::proxy::tls::{CertificateFiles, TlsSettings};
+use crate::tls::{CertificateFiles, ClientFiles, TlsSettings};
 use crate::{control, feed, gate, meter, proxy};
 use http::Method;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -19,31 +19,12 @@ pub struct Bound {
     pub control: Option<SocketAddr>,
 }
 
-/// Says no to settings whose promise this version cannot keep, and warns of those that it leaves out.
+/// Says no to settings whose promise this version cannot keep.
 pub fn refuse_what_is_not_built(config: &Config) -> Result<(), AppError> {
     if config.cluster.is_some() {
         let message = "cluster: counts are not shared between gates in this version; without the section each gate \
                        enforces the limits by itself";
         return Err(AppError::Failed(message.to_owned()));
-    }
-    for upstream in &config.upstreams {
-        let UpstreamTarget::Servers(servers) = &upstream.target else {
-            continue;
-        };
-        let tls = servers.tls.as_ref();
-        if tls.is_some_and(|tls| tls.ca.is_some() || tls.certificate.is_some() || tls.danger_skip_verify) {
-            let name = &upstream.name;
-            let message = format!("upstreams.{name}.tls: only `sni` is supported in this version");
-            return Err(AppError::Failed(message));
-        }
-        let left_out = [
-            ("health", servers.health.is_some()),
-            ("balance: random", servers.balance == config::Balance::Random),
-            ("protocol: http2", servers.protocol == config::Protocol::Http2),
-        ];
-        for (setting, _) in left_out.iter().filter(|(_, is_set)| *is_set) {
-            log::warn!("upstreams.{}.{setting} has no effect in this version", upstream.name);
-        }
     }
     Ok(())
 }
@@ -135,45 +116,12 @@ fn limit(permits: u32, window: Duration) -> Result<Limit, AppError> {
     Limit::new(permits, window.as_millis() as u64).map_err(|error| AppError::internal(error.to_string()))
 }
 
-/// The proxy's settings. Names of upstream servers are resolved here.
+/// The proxy's settings. Names of upstream servers are resolved here, and the files of their TLS read.
 pub fn proxy(config: &Config, bound: Bound) -> Result<proxy::Settings, AppError> {
     let Some(gate) = &config.gate else {
         return Err(AppError::internal("no gate is configured"));
     };
-    let upstream = |upstream: &config::Upstream| {
-        let (servers, tls_server_name) = match &upstream.target {
-            UpstreamTarget::Control => (
-                vec![bound.control.ok_or_else(|| AppError::internal("no control plane"))?],
-                None,
-            ),
-            UpstreamTarget::Servers(servers) => {
-                let mut resolved = vec![];
-                for server in &servers.servers {
-                    // Its share of the turns.
-                    for _ in 0..server.weight {
-                        resolved.extend(resolve(&upstream.name, &server.address)?);
-                    }
-                }
-                let host = |server: &config::Server| server.address.rsplit_once(':').map(|(host, _)| host.to_owned());
-                let name = servers
-                    .tls
-                    .as_ref()
-                    .and_then(|tls| tls.sni.clone().or_else(|| servers.servers.first().and_then(host)));
-                (resolved, name)
-            }
-        };
-        Ok(proxy::UpstreamSettings {
-            name: upstream.name.clone(),
-            servers,
-            tls_server_name,
-            timeouts: proxy::Timeouts {
-                connect: upstream.timeouts.connect,
-                read: upstream.timeouts.read,
-                write: upstream.timeouts.write,
-                idle: upstream.timeouts.idle,
-            },
-        })
-    };
+    let upstream = |upstream: &config::Upstream| self::upstream(config, upstream, bound);
     Ok(proxy::Settings {
         header_prefix: gate.header_prefix.clone(),
         response: proxy::ResponseSettings {
@@ -183,7 +131,106 @@ pub fn proxy(config: &Config, bound: Bound) -> Result<proxy::Settings, AppError>
         },
         upstreams: config.upstreams.iter().map(upstream).collect::<Result<_, AppError>>()?,
         trusted_proxies: networks(gate),
+        count_keys: config.admin.as_ref().is_some_and(|admin| admin.key_labels),
     })
+}
+
+fn upstream(config: &Config, upstream: &config::Upstream, bound: Bound) -> Result<proxy::UpstreamSettings, AppError> {
+    let mut settings = proxy::UpstreamSettings {
+        name: upstream.name.clone(),
+        servers: vec![],
+        balance: proxy::Balance::RoundRobin,
+        tls: None,
+        http2: false,
+        timeouts: proxy::Timeouts {
+            connect: upstream.timeouts.connect,
+            read: upstream.timeouts.read,
+            write: upstream.timeouts.write,
+            idle: upstream.timeouts.idle,
+        },
+        retries: upstream.retries,
+        health: None,
+    };
+    match &upstream.target {
+        UpstreamTarget::Control => {
+            let address = bound.control.ok_or_else(|| AppError::internal("no control plane"))?;
+            settings.servers.push(proxy::ServerSettings {
+                host: address.ip().to_string(),
+                address,
+                weight: 1,
+            });
+            settings.tls = to_own_control(config)?;
+        }
+        UpstreamTarget::Servers(servers) => {
+            for server in &servers.servers {
+                let host = server.address.rsplit_once(':').map_or("", |(host, _)| host);
+                settings
+                    .servers
+                    .extend(
+                        resolve(&upstream.name, &server.address)?.map(|address| proxy::ServerSettings {
+                            host: host.to_owned(),
+                            address,
+                            weight: server.weight,
+                        }),
+                    );
+            }
+            settings.balance = match servers.balance {
+                config::Balance::RoundRobin => proxy::Balance::RoundRobin,
+                config::Balance::Random => proxy::Balance::Random,
+            };
+            settings.http2 = servers.protocol == config::Protocol::Http2;
+            settings.tls = servers.tls.as_ref().map(upstream_tls).transpose()?;
+            if settings.tls.as_ref().is_some_and(|tls| tls.danger_skip_verify) {
+                log::warn!(
+                    "upstreams.{}.tls.danger_skip_verify: anybody can pretend to be this upstream",
+                    upstream.name
+                );
+            }
+            settings.health = servers.health.as_ref().map(|health| proxy::HealthSettings {
+                path: health.path.clone(),
+                every: health.every,
+                timeout: health.timeout,
+                unhealthy_after: health.unhealthy_after,
+                healthy_after: health.healthy_after,
+            });
+        }
+    }
+    Ok(settings)
+}
+
+fn upstream_tls(tls: &config::ClientTls) -> Result<proxy::UpstreamTls, AppError> {
+    let identity = tls.certificate.as_ref().map(certificate_files);
+    Ok(proxy::UpstreamTls {
+        server_name: tls.sni.clone(),
+        files: ClientFiles::load(tls.ca.as_deref(), identity.as_ref())?,
+        danger_skip_verify: tls.danger_skip_verify,
+    })
+}
+
+/// How requests reach the control plane of this process: as its feed does, where it listens with TLS.
+fn to_own_control(config: &Config) -> Result<Option<proxy::UpstreamTls>, AppError> {
+    let has_tls = config.control.as_ref().is_some_and(|control| control.tls.is_some());
+    let Some(gate) = config.gate.as_ref().filter(|_| has_tls) else {
+        return Ok(None);
+    };
+    let FeedSource::Url { url, tls, .. } = &gate.feed.source else {
+        return Err(AppError::internal("the feed of a control plane with TLS is no URL"));
+    };
+    let mut settings = tls.as_ref().map(upstream_tls).transpose()?.unwrap_or_default();
+    let authority = url.split("://").last().unwrap_or(url);
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => authority,
+    };
+    settings.server_name = Some(host.trim_matches(['[', ']']).to_owned());
+    Ok(Some(settings))
+}
+
+fn certificate_files(files: &config::Certificate) -> CertificateFiles {
+    CertificateFiles {
+        chain: files.cert.clone(),
+        key: files.key.clone(),
+    }
 }
 
 fn networks(gate: &config::Gate) -> Vec<IpNet> {
@@ -228,21 +275,24 @@ fn edge_settings(gate: &config::Gate, listener: &config::Listener) -> EdgeSettin
     }
 }
 
-/// The certificates of a listener that has any.
+/// The certificates of a listener of the gate that has any.
 pub fn tls(listener: &config::Listener) -> Option<TlsSettings> {
-    listener.tls.as_ref().map(|tls| TlsSettings {
-        certificates: tls
-            .certificates
-            .iter()
-            .map(|files| CertificateFiles {
-                chain: files.cert.clone(),
-                key: files.key.clone(),
-            })
-            .collect(),
-        http2: listener.http2,
+    listener.tls.as_ref().map(|tls| listener_tls(tls, listener.http2))
+}
+
+/// The certificates of the control plane's listener, if it has any.
+pub fn control_tls(config: &Config) -> Option<TlsSettings> {
+    let tls = config.control.as_ref()?.tls.as_ref()?;
+    Some(listener_tls(tls, true))
+}
+
+fn listener_tls(tls: &config::ListenerTls, http2: bool) -> TlsSettings {
+    TlsSettings {
+        certificates: tls.certificates.iter().map(certificate_files).collect(),
+        http2,
         only_tls13: tls.min_version == config::TlsVersion::Tls13,
         client_authorities: tls.client_ca.clone(),
-    })
+    }
 }
 
 /// The first address of a server: several of one name are the same machine on IPv4 and IPv6 more often than two.
@@ -281,6 +331,7 @@ fn http_source(url: &str, token: &str, tls: Option<&config::ClientTls>) -> Resul
         identity: tls
             .and_then(|tls| tls.certificate.as_ref())
             .map(|certificate| (certificate.cert.clone(), certificate.key.clone())),
+        danger_skip_verify: tls.is_some_and(|tls| tls.danger_skip_verify),
     };
     let client = feed::http_client(&tls).map_err(|error| AppError::Failed(error.to_string()))?;
     Ok(feed::Source::http(url, token, client))

@@ -13,6 +13,7 @@ use super::settings::Settings;
 use super::store::Store;
 use super::store::sqlite::{self, MigrationState, SqliteStore};
 use crate::clock::Clock;
+use crate::tls::ListenerTls;
 
 /// A running control plane. Clones share everything.
 #[derive(Clone)]
@@ -34,10 +35,11 @@ impl ControlPlane {
         api::router(Arc::clone(&self.0))
     }
 
-    /// Serves until `shutdown`, then ends the feed's connections and finishes what is under way.
+    /// Serves, over TLS if it is given any, until `shutdown`, then ends the feed's connections and finishes what is under way.
     pub async fn serve(
         &self,
         listener: tokio::net::TcpListener,
+        tls: Option<Arc<ListenerTls>>,
         shutdown: impl Future<Output = ()>,
     ) -> std::io::Result<()> {
         let (ended, end) = tokio::sync::watch::channel(false);
@@ -48,7 +50,7 @@ impl ControlPlane {
             shutdown.await;
             hub.close();
         };
-        serve::serve(listener, self.router(), shutdown).await;
+        serve::serve(listener, tls, self.router(), shutdown).await;
         ended.send_replace(true);
         if let Err(error) = upkeep.await {
             log::error!("the control plane's upkeep ended badly: {error}");
@@ -74,6 +76,12 @@ impl ControlPlane {
     /// outcomes. [`ControlPlane::serve`] calls it each minute; tests with a clock of their own call it themselves.
     pub async fn maintain(&self) -> Result<(), ControlError> {
         Ok(self.0.maintain().await?)
+    }
+
+    /// Each live gate's name and the revision that it has acknowledged.
+    pub fn gate_revisions(&self, now_ms: i64) -> Vec<(String, u64)> {
+        let states = self.0.hub.states(now_ms).into_iter();
+        states.map(|gate| (gate.name, gate.revision)).collect()
     }
 
     /// The newest feed revision.

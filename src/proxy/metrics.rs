@@ -13,12 +13,24 @@ pub const BUCKETS_US: [u64; 14] = [
 #[derive(Debug, Default)]
 pub struct ProxyMetrics {
     requests: DashMap<(&'static str, Box<str>), AtomicU64, RandomState>,
-    /// Time within Tollgate itself: the whole of a request less the upstream's part.
-    pub own: Histogram,
-    /// From choosing the upstream to the head of its response.
+    /// From the head of a request to the decision that it passes.
+    pub decision: Histogram,
+    /// Time within Tollgate itself: the whole of a request less what its upstream took and the transfer of its body.
+    pub overhead: Histogram,
+    /// From choosing the upstream to the head of its response, or to its failure.
     pub upstream: Histogram,
     /// Responses by the hundreds of their status; 0: none was sent.
     pub by_class: [AtomicU64; 6],
+}
+
+/// How long the parts of one request took.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    /// To the decision that it passes; `None`: it was refused.
+    pub decision_us: Option<u64>,
+    pub overhead_us: u64,
+    /// `None`: no upstream was asked.
+    pub upstream_us: Option<u64>,
 }
 
 /// A histogram of durations.
@@ -29,7 +41,8 @@ pub struct Histogram {
 }
 
 impl ProxyMetrics {
-    pub(super) fn record(&self, decision: &'static str, tier: &str, status: u16, duration_us: u64, upstream_us: u64) {
+    /// `times`: `None` where the edge refused and nothing was timed.
+    pub(super) fn record(&self, decision: &'static str, tier: &str, status: u16, times: Option<&Times>) {
         // Looked up by a borrowed pair through a raw key would need a wrapper type; the tier's name is short.
         match self.requests.get(&(decision, Box::from(tier))) {
             Some(count) => {
@@ -42,9 +55,14 @@ impl ProxyMetrics {
                     .fetch_add(1, Ordering::Relaxed);
             }
         }
-        self.own.observe(duration_us.saturating_sub(upstream_us));
-        if upstream_us > 0 {
-            self.upstream.observe(upstream_us);
+        if let Some(times) = times {
+            self.overhead.observe(times.overhead_us);
+            if let Some(us) = times.decision_us {
+                self.decision.observe(us);
+            }
+            if let Some(us) = times.upstream_us {
+                self.upstream.observe(us);
+            }
         }
         self.by_class[usize::from(status / 100).min(5)].fetch_add(1, Ordering::Relaxed);
     }

@@ -9,13 +9,13 @@ pub mod edge;
 pub mod embed;
 pub mod frames;
 pub mod guard;
+mod key_counts;
 mod metrics;
 mod request_id;
 pub mod response;
 pub mod slots;
 mod steps;
 pub mod strict;
-pub mod tls;
 pub mod upstream;
 mod wire;
 
@@ -23,7 +23,8 @@ pub use embed::GateProxy;
 pub use metrics::{BUCKETS_US, ProxyMetrics};
 pub use response::{Answer, ResponseSettings};
 pub use steps::refuse;
-pub use upstream::{Timeouts, UpstreamSettings};
+pub use upstream::health::HealthSettings;
+pub use upstream::{Balance, ServerSettings, Timeouts, UpstreamSettings, UpstreamTls};
 
 use crate::clock::{Clock, Now};
 use crate::gate::{Access, Gate, Permit, Refusal};
@@ -34,9 +35,12 @@ use bytes::Bytes;
 use client_address::{TrustedProxies, client_address, forwarded_fields};
 use guard::ConnectionInfo;
 use http::{HeaderName, HeaderValue, Method, Version};
+use key_counts::KeyCounts;
+use metrics::Times;
+use pingora::connectors::http::Connector;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
-use pingora::proxy::{FailToProxy, ProxyHttp, Session};
+use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType};
 use request_id::RequestIds;
@@ -46,7 +50,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use steps::{OurHeaders, host_of};
-use upstream::Upstreams;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use upstream::{Attempts, Counts, ServerState, Upstreams};
 
 /// The proxy's settings. Another set can be put in force at any time ([`Proxy::reload`]).
 #[derive(Clone, Debug)]
@@ -59,6 +65,8 @@ pub struct Settings {
     pub upstreams: Vec<UpstreamSettings>,
     /// Whose forwarding headers are believed.
     pub trusted_proxies: Vec<client_address::IpNet>,
+    /// Count the requests of each key by itself. Decided when the proxy is made; a reload does not change it.
+    pub count_keys: bool,
 }
 
 /// The proxy behind the strict edge. Clones are the same proxy.
@@ -70,9 +78,12 @@ struct Inner {
     gate: Arc<Gate>,
     clock: Clock,
     compiled: ArcSwap<Compiled>,
+    /// Health checks are begun anew with what a reload brought.
+    reloaded: Notify,
     ids: RequestIds,
     access_log: Option<AccessLog>,
     metrics: Arc<ProxyMetrics>,
+    key_counts: Option<KeyCounts>,
     in_flight: Arc<AtomicU64>,
 }
 
@@ -103,10 +114,12 @@ impl Proxy {
         Ok(Proxy(Arc::new(Inner {
             gate,
             clock,
-            compiled: ArcSwap::from_pointee(Compiled::new(settings)?),
+            compiled: ArcSwap::from_pointee(Compiled::new(settings, None)?),
+            reloaded: Notify::new(),
             ids: RequestIds::default(),
             access_log,
             metrics: Arc::new(ProxyMetrics::default()),
+            key_counts: settings.count_keys.then(KeyCounts::default),
             in_flight: Arc::default(),
         })))
     }
@@ -116,8 +129,43 @@ impl Proxy {
     /// # Errors
     /// [`BadHeaderPrefix`]; the old settings then stay.
     pub fn reload(&self, settings: &Settings) -> Result<(), BadHeaderPrefix> {
-        self.0.compiled.store(Arc::new(Compiled::new(settings)?));
+        let compiled = Compiled::new(settings, Some(&self.0.compiled.load().upstreams))?;
+        self.0.compiled.store(Arc::new(compiled));
+        self.0.reloaded.notify_one();
         Ok(())
+    }
+
+    /// Requests by key id and decision, where they are counted.
+    pub fn key_requests(&self) -> Vec<(Box<str>, &'static str, u64)> {
+        self.0.key_counts.as_ref().map(KeyCounts::read).unwrap_or_default()
+    }
+
+    /// Every server of every upstream.
+    pub fn servers(&self) -> Vec<ServerState> {
+        self.0.compiled.load().upstreams.servers()
+    }
+
+    /// What is counted of every upstream: its name, connections that did not come about, requests tried once more.
+    pub fn upstream_counts(&self) -> Vec<(String, u64, u64)> {
+        let compiled = self.0.compiled.load();
+        let read = |(name, counts): (&str, &Counts)| {
+            let failures = counts.connect_failures.load(Ordering::Relaxed);
+            (name.to_owned(), failures, counts.retries.load(Ordering::Relaxed))
+        };
+        compiled.upstreams.counts().map(read).collect()
+    }
+
+    /// Runs the health checks of whatever settings are in force, until it is dropped.
+    pub async fn check_health(&self) {
+        let connector = Arc::new(Connector::new(None));
+        loop {
+            let compiled = self.0.compiled.load_full();
+            let mut checks = JoinSet::new();
+            for check in compiled.upstreams.checks() {
+                checks.spawn(check.clone().run(connector.clone()));
+            }
+            self.0.reloaded.notified().await;
+        }
     }
 
     /// What has been counted.
@@ -132,7 +180,7 @@ impl Proxy {
 
     /// Logs and counts a request that the edge refused.
     pub fn log_refused_at_the_edge(&self, client: Option<SocketAddr>, refusal: &edge::EdgeRefusal, request_id: &str) {
-        self.0.metrics.record(refusal.code, "", refusal.status, 0, 0);
+        self.0.metrics.record(refusal.code, "", refusal.status, None);
         let Some(access_log) = &self.0.access_log else { return };
         access_log.log(&Entry {
             unix_ms: self.0.clock.now().unix_ms,
@@ -179,11 +227,11 @@ impl Proxy {
 }
 
 impl Compiled {
-    fn new(settings: &Settings) -> Result<Self, BadHeaderPrefix> {
+    fn new(settings: &Settings, before: Option<&Upstreams>) -> Result<Self, BadHeaderPrefix> {
         Ok(Compiled {
             names: OurHeaders::new(&settings.header_prefix)?,
             response: settings.response.clone(),
-            upstreams: Upstreams::new(&settings.upstreams),
+            upstreams: Upstreams::new(&settings.upstreams, before),
             trusted_proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
         })
     }
@@ -199,8 +247,36 @@ pub struct Context {
     refusal: Option<Refusal>,
     decision: &'static str,
     upstream_started: Option<Now>,
-    upstream_us: u64,
+    /// The head of the upstream's response, or its failure.
+    upstream_answered: Option<Now>,
+    /// The last byte of its response.
+    upstream_ended: Option<Now>,
+    attempts: Attempts,
     _under_way: UnderWay,
+}
+
+impl Context {
+    /// How long the parts of the request took that ends `now`.
+    fn times(&self, now: Now) -> Times {
+        let Some(started) = self.upstream_started else {
+            return Times {
+                decision_us: None,
+                overhead_us: us_between(self.now, now),
+                upstream_us: None,
+            };
+        };
+        let decision_us = us_between(self.now, started);
+        let answered = self.upstream_answered.unwrap_or(now);
+        Times {
+            decision_us: Some(decision_us),
+            overhead_us: decision_us + us_between(self.upstream_ended.unwrap_or(answered), now),
+            upstream_us: Some(us_between(started, answered)),
+        }
+    }
+}
+
+fn us_between(earlier: Now, later: Now) -> u64 {
+    later.elapsed_ns.saturating_sub(earlier.elapsed_ns) / 1000
 }
 
 /// Counts a request as under way until it is dropped.
@@ -236,7 +312,9 @@ impl ProxyHttp for Proxy {
             refusal: None,
             decision: PASSED,
             upstream_started: None,
-            upstream_us: 0,
+            upstream_answered: None,
+            upstream_ended: None,
+            attempts: Attempts::default(),
             _under_way: UnderWay::new(&self.0.in_flight),
         }
     }
@@ -276,13 +354,14 @@ impl ProxyHttp for Proxy {
     }
 
     async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
-        context.upstream_started = Some(self.0.clock.now());
+        // Further tries are part of what the upstream took.
+        context.upstream_started.get_or_insert_with(|| self.0.clock.now());
         let name = context.permit.as_ref().map_or("", |permit| permit.upstream());
         self.0
             .compiled
             .load()
             .upstreams
-            .next(name)
+            .next(name, &mut context.attempts)
             .ok_or_else(|| Error::explain(ErrorType::InternalError, format!("no upstream is called {name:?}")))
     }
 
@@ -307,7 +386,7 @@ impl ProxyHttp for Proxy {
             upstream_request.insert_header(X_FORWARDED_FOR, chain)?;
             upstream_request.insert_header(X_FORWARDED_PROTO, HeaderValue::from_static(scheme))?;
         }
-        if upstream_request.version != Version::HTTP_11 && session.req_header().version == Version::HTTP_10 {
+        if upstream_request.version == Version::HTTP_10 {
             upstream_request.set_version(Version::HTTP_11);
         }
         compiled.names.tell(upstream_request, permit)?;
@@ -318,15 +397,46 @@ impl ProxyHttp for Proxy {
         Ok(())
     }
 
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        _peer: &HttpPeer,
+        context: &mut Context,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        if let Some(permit) = &context.permit {
+            self.0
+                .compiled
+                .load()
+                .upstreams
+                .count_connect_failure(permit.upstream());
+        }
+        error.set_retry(context.attempts.again_after_no_connection());
+        error
+    }
+
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<Error>,
+        context: &mut Context,
+        reused: bool,
+    ) -> Box<Error> {
+        let body_is_kept = !session.as_ref().retry_buffer_truncated();
+        let method = &session.req_header().method;
+        let again = context.attempts.again_after(&mut error, reused, method, body_is_kept);
+        error.set_retry(again);
+        error
+    }
+
     async fn response_filter(
         &self,
         _session: &mut Session,
         upstream_response: &mut ResponseHeader,
         context: &mut Context,
     ) -> pingora::Result<()> {
-        if let Some(started) = context.upstream_started {
-            context.upstream_us = (self.0.clock.now().elapsed_ns.saturating_sub(started.elapsed_ns)) / 1000;
-        }
+        context.upstream_answered = Some(self.0.clock.now());
         if let Some(request_id) = &context.request_id {
             upstream_response.insert_header(X_REQUEST_ID, request_id.clone())?;
         }
@@ -334,6 +444,19 @@ impl ProxyHttp for Proxy {
             response::add_rate_limit(upstream_response, &self.0.compiled.load().response, rate)?;
         }
         Ok(())
+    }
+
+    fn response_body_filter(
+        &self,
+        _session: &mut Session,
+        _body: &mut Option<Bytes>,
+        end_of_stream: bool,
+        context: &mut Context,
+    ) -> pingora::Result<Option<Duration>> {
+        if end_of_stream {
+            context.upstream_ended = Some(self.0.clock.now());
+        }
+        Ok(None)
     }
 
     async fn request_body_filter(
@@ -348,6 +471,13 @@ impl ProxyHttp for Proxy {
     }
 
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
+        if context.upstream_started.is_some() {
+            let now = self.0.clock.now();
+            context.upstream_answered.get_or_insert(now);
+            context.upstream_ended.get_or_insert(now);
+            // Pingora closes the connection after this answer, whatever is returned below: the client must be told.
+            session.set_keepalive(None);
+        }
         let answer = edge::guard_refusal(error)
             .map(|refusal| Answer::from(&refusal))
             .or_else(|| answer_to(error));
@@ -382,17 +512,19 @@ impl ProxyHttp for Proxy {
             Some(Access::Keyed { tier, .. }) => &*tier.name,
             _ => "",
         };
-        let duration_us = self.0.clock.now().elapsed_ns.saturating_sub(context.now.elapsed_ns) / 1000;
-        self.0
-            .metrics
-            .record(context.decision, tier, status, duration_us, context.upstream_us);
-        let Some(access_log) = &self.0.access_log else { return };
-        let request = session.req_header();
+        let now = self.0.clock.now();
+        let times = context.times(now);
+        self.0.metrics.record(context.decision, tier, status, Some(&times));
         let holder = context
             .permit
             .as_ref()
             .and_then(Permit::holder)
             .or(context.refusal.as_ref().and_then(|r| r.holder.as_ref()));
+        if let (Some(counts), Some(holder)) = (&self.0.key_counts, holder) {
+            counts.record(holder.key_id(), context.decision);
+        }
+        let Some(access_log) = &self.0.access_log else { return };
+        let request = session.req_header();
         access_log.log(&Entry {
             unix_ms: context.now.unix_ms,
             client: &context.client.to_string(),
@@ -410,8 +542,8 @@ impl ProxyHttp for Proxy {
             tier,
             key_id: holder.map_or("", |holder| holder.key_id()),
             organization: holder.map_or("", |holder| holder.organization()),
-            duration_us,
-            upstream_us: context.upstream_us,
+            duration_us: us_between(context.now, now),
+            upstream_us: times.upstream_us.unwrap_or_default(),
             bytes_sent: session.body_bytes_sent(),
             traceparent: request
                 .headers
@@ -419,6 +551,17 @@ impl ProxyHttp for Proxy {
                 .and_then(|value| value.to_str().ok())
                 .unwrap_or_default(),
         });
+    }
+
+    /// As below: what was tried again is counted.
+    fn suppress_proxy_warn_log(
+        &self,
+        _session: &Session,
+        _context: &Context,
+        _error: &Error,
+        _why: ProxyWarnLogContext,
+    ) -> bool {
+        true
     }
 
     /// Pingora logs every failed request as an error with its whole summary; the access log has them.

@@ -1,9 +1,9 @@
 //! The operator's listener: metrics, health, status, reload. It belongs on loopback and has no authentication.
 
-use super::metrics::Metrics;
+use super::metrics::{Exposition, Metrics};
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -59,9 +59,11 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
     }
 }
 
-async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(CONTENT_TYPE, content_type)], admin.metrics.render()).into_response()
+async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+    let exposition = Exposition::accepted(accept.unwrap_or_default());
+    let text = admin.metrics.render(exposition);
+    ([(CONTENT_TYPE, exposition.content_type())], text).into_response()
 }
 
 async fn reload(State(admin): State<Arc<Admin>>) -> Response {

@@ -115,7 +115,7 @@ impl Harness {
         let server = plane.clone();
         let served = tokio::spawn(async move {
             server
-                .serve(listener, async {
+                .serve(listener, None, async {
                     let _ = stopped.await;
                 })
                 .await

@@ -23,7 +23,7 @@ use tollgate::proxy::edge::{
 };
 use tollgate::proxy::guard::ConnectionInfo;
 use tollgate::proxy::slots::Capped;
-use tollgate::proxy::tls::EdgeTls;
+use tollgate::tls::ListenerTls;
 
 /// What a real `ProxyHttp` behind an edge has to do, and nothing else.
 pub struct Forwarder {
@@ -187,7 +187,7 @@ impl Drop for Door {
 }
 
 impl Door {
-    pub async fn open(settings: EdgeSettings, tls: Option<Arc<EdgeTls>>) -> Self {
+    pub async fn open(settings: EdgeSettings, tls: Option<Arc<ListenerTls>>) -> Self {
         let forwarder = Forwarder::new(&settings, 1);
         let (upstream, revoked) = (forwarder.upstream.clone(), forwarder.revoked.clone());
         let conf = Arc::new(ServerConf {

@@ -13,7 +13,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tollgate::proxy::edge::EdgeSettings;
 use tollgate::proxy::slots::Capped;
-use tollgate::proxy::tls::{CertificateFiles, EdgeTls, TlsSettings};
+use tollgate::tls::{CertificateFiles, ListenerTls, TlsSettings};
 
 use crate::h2raw::{GET as H2_GET, H2, Outcome};
 use crate::harness::{Door, PATIENCE, Reader};
@@ -276,7 +276,7 @@ async fn tls_chooses_by_name_and_protocol_and_reloads() {
         only_tls13: false,
         client_authorities: None,
     };
-    let edge_tls = Arc::new(EdgeTls::load(settings).unwrap());
+    let edge_tls = Arc::new(ListenerTls::load(settings).unwrap());
     let door = Door::open(EdgeSettings::default(), Some(edge_tls.clone())).await;
     let upstream = door.upstream().await;
     for (der, name) in [
@@ -324,7 +324,7 @@ async fn deadlines_hold_on_tls_too() {
         only_tls13: false,
         client_authorities: None,
     };
-    let door = Door::open(quick(), Some(Arc::new(EdgeTls::load(settings).unwrap()))).await;
+    let door = Door::open(quick(), Some(Arc::new(ListenerTls::load(settings).unwrap()))).await;
     let _upstream = door.upstream().await;
     let mut client = Reader::new(tls(&door, &[&der], "one.example", &[]).await);
     let (took, status) = drip(&mut client, b"GET /aaaaaaaaaaaaaaaaaaaaaaaaaa").await;

@@ -139,7 +139,7 @@ async fn serve(settings: Settings) -> String {
     let plane = ControlPlane::open(settings, Clock::system()).await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(async move { plane.serve(listener, std::future::pending()).await });
+    tokio::spawn(async move { plane.serve(listener, None, std::future::pending()).await });
     base
 }
 

@@ -148,7 +148,7 @@ fn yes() -> bool {
     true
 }
 
-/// TLS towards clients. Certificates are read again when their files change.
+/// TLS towards clients. Certificates are read again within two seconds of a change of their files; ones that cannot be used change nothing.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::config) struct ListenerTls {
@@ -217,7 +217,7 @@ pub(in crate::config) struct Feed {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::config) struct ClientTls {
-    /// The server's name, asked for and verified. Left out: the host of the address.
+    /// The server's name, asked for and verified. Left out: the host of the address. Not for the feed: there it is the host of `url`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sni: Option<String>,
     /// Authorities to trust instead of the system's, a PEM file.

@@ -13,10 +13,10 @@ pub(in crate::config) struct Upstream {
     /// `HOST:PORT`, or `{address, weight}`.
     #[schemars(length(min = 1))]
     pub servers: Vec<Server>,
-    /// How the next server is chosen.
+    /// How the next server is chosen: in turn, or by chance; both by weight.
     #[serde(default)]
     pub balance: Balance,
-    /// Active health checks. Left out: none.
+    /// Active health checks. While all servers are out, requests are tried on them all the same. Left out: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<Health>,
     /// How long a server may take.
@@ -25,10 +25,10 @@ pub(in crate::config) struct Upstream {
     /// TLS towards the servers; `{}` is enough where the address is the certificate's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<ClientTls>,
-    /// `http1`, or `http2` (which gRPC needs): by ALPN over TLS, by prior knowledge without.
+    /// `http1`, or `http2` (which gRPC needs): by ALPN over TLS, where a server that offers HTTP/1.1 only is refused; by prior knowledge without.
     #[serde(default)]
     pub protocol: Protocol,
-    /// Further tries of a request that could not be connected, or that is safe to repeat. 1: covers one dead server.
+    /// Further tries, on another server where there is one, of a request that cannot have had an effect: no connection came about, or a pooled connection turned out to be dead before a byte of an answer and the method is safe (GET, HEAD, OPTIONS). 1: covers one dead server.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 10))]
     pub retries: u32,

@@ -22,6 +22,9 @@ impl Resolver {
                 )
             }
         };
+        if tls.is_some() {
+            self.control_tls(&path, control, file);
+        }
         let feed_token = self.secret(
             &path,
             "feed_token",
@@ -76,6 +79,27 @@ impl Resolver {
             registrations_per_hour: control.registrations_per_hour,
             login_attempts: control.login_attempts,
             trusted_proxies: control.trusted_proxies.iter().map(|network| network.0).collect(),
+        }
+    }
+
+    /// What TLS on the control plane's listener needs elsewhere in the file.
+    fn control_tls(&mut self, path: &Path, control: &file::Control, file: &file::File) {
+        if control.public_url.is_none() {
+            self.fault(
+                &path.key("public_url"),
+                "missing; with TLS, sessions are bound to the name that people use: https://NAME",
+            );
+        }
+        let feed = file
+            .gate
+            .as_ref()
+            .map(|gate| gate.feed.as_ref().and_then(|feed| feed.url.as_ref()));
+        if feed.is_some_and(|url| url.is_none_or(|url| !url.0.starts_with("https://"))) {
+            self.fault(
+                &Path::root().key("gate").key("feed"),
+                "the control plane of this file listens with TLS; expected {url: \"https://…\", token_file: …, tls: …}, \
+                 by which the gate reaches it",
+            );
         }
     }
 

@@ -188,6 +188,12 @@ impl Resolver {
                     self.fault(&path.key("tls"), "needs a url that begins with https://");
                 }
                 let tls = feed.tls.as_ref().map(|tls| self.client_tls(&path.key("tls"), tls));
+                if tls.as_ref().is_some_and(|tls| tls.sni.is_some()) {
+                    self.fault_of_key(
+                        &path.key("tls").key("sni"),
+                        "the host of `url` is what is asked for and verified; write the name there",
+                    );
+                }
                 FeedSource::Url {
                     url: url.0.clone(),
                     token,

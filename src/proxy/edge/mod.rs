@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pingora::apps::{HttpServerApp, ServerApp};
+use pingora::listeners::tls::Acceptor;
 use pingora::protocols::{ALPN, Stream};
 use pingora::proxy::{HttpProxy, ProxyHttp};
 use pingora::server::ShutdownWatch;
@@ -36,8 +37,8 @@ use super::client_address::{ProxyHeader, TrustedProxies, read_proxy_header};
 use super::guard::{ConnectionInfo, Guard, GuardSettings};
 use super::slots::{Slot, Slots};
 use super::strict::HeadLimits;
-use super::tls::EdgeTls;
 use super::wire::Wire;
+use crate::tls::ListenerTls;
 use refusal::render_refusal;
 
 /// The edge of one listener.
@@ -47,7 +48,7 @@ pub struct Edge<P> {
     limits: HeadLimits,
     trusted: TrustedProxies,
     proxy: Arc<HttpProxy<P>>,
-    tls: Option<Arc<EdgeTls>>,
+    tls: Option<Arc<ListenerTls>>,
     observer: Arc<dyn EdgeObserver>,
     slots: Arc<Slots>,
     activity: Arc<Activity>,
@@ -63,7 +64,7 @@ where
     pub fn new(
         settings: EdgeSettings,
         proxy: Arc<HttpProxy<P>>,
-        tls: Option<Arc<EdgeTls>>,
+        tls: Option<Arc<ListenerTls>>,
         observer: Arc<dyn EdgeObserver>,
     ) -> Self {
         Edge {
@@ -141,15 +142,19 @@ where
         let socket = wire.socket();
         let stream: Stream = match &self.tls {
             None => Box::new(wire),
-            Some(tls) => match tokio::time::timeout_at(deadline, tls.acceptor().tls_handshake(wire)).await {
-                Ok(Ok(stream)) => Box::new(stream),
-                Ok(Err(error)) => return self.observer.handshake_failed(client, &error.to_string()),
-                Err(_) => {
-                    return self
-                        .observer
-                        .handshake_failed(client, "the TLS handshake did not finish in time");
+            Some(tls) => {
+                match tokio::time::timeout_at(deadline, Acceptor::from_server_config(tls.config()).tls_handshake(wire))
+                    .await
+                {
+                    Ok(Ok(stream)) => Box::new(stream),
+                    Ok(Err(error)) => return self.observer.handshake_failed(client, &error.to_string()),
+                    Err(_) => {
+                        return self
+                            .observer
+                            .handshake_failed(client, "the TLS handshake did not finish in time");
+                    }
                 }
-            },
+            }
         };
         let by_alpn = matches!(stream.selected_alpn_proto(), Some(ALPN::H2));
         let info = Arc::new(ConnectionInfo::new(client, self.tls.is_some()));
