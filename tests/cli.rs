@@ -168,6 +168,21 @@ fn our_own_configurations_are_fine() {
     assert_eq!(code(&run(&mut tollgate(&["config", "init", &fresh]))), 0);
     assert_eq!(code(&run(&mut tollgate(&["check", "-c", &fresh]))), 0);
     assert_eq!(code(&run(&mut tollgate(&["config", "init", &fresh]))), 1);
+
+    // The address that it is to protect goes where it belongs, in either form.
+    for form in [&["config", "init"][..], &["config", "init", "--full"]] {
+        let of = |address: &str| run(tollgate(form).args(["--upstream", address]));
+        let output = of("api.internal:8000");
+        assert_eq!(code(&output), 0);
+        assert_eq!(
+            stdout(&output).matches("UPSTREAM:-api.internal:8000}").count(),
+            1,
+            "{form:?}"
+        );
+        let output = of("http://api.internal:8000");
+        assert_eq!(code(&output), 2);
+        assert!(stderr(&output).contains("without \"http://\""), "{}", stderr(&output));
+    }
 }
 
 #[test]
@@ -431,6 +446,10 @@ fn a_closed_pipe_is_no_panic() {
         &["man"],
         &["--help"],
         &["config", "init", "--full"],
+        &["config", "show", "-c", "conf/minimal.yaml"],
+        &["check", "--json", "-c", "tests/bad_conf/ten_mistakes.yaml"],
+        &["keys", "new"],
+        &["man", "--help"],
     ] {
         let mut child = tollgate(args)
             .stdout(Stdio::piped())
@@ -439,7 +458,8 @@ fn a_closed_pipe_is_no_panic() {
             .unwrap();
         drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();
-        assert_eq!(code(&output), 0, "{args:?}: {}", stderr(&output));
+        let expected = if args[0] == "config" && args[1] == "show" { 3 } else { 0 };
+        assert_eq!(code(&output), expected, "{args:?}: {}", stderr(&output));
         assert!(!stderr(&output).contains("panicked"), "{args:?}: {}", stderr(&output));
     }
 }
@@ -459,4 +479,125 @@ fn completions_manual_and_schema_are_printed() {
     let directory = tempfile::tempdir().unwrap();
     printed(&["man", "--dir", &directory.path().display().to_string()]);
     assert!(directory.path().join("tollgate-keys-rotate.1").exists());
+}
+
+/// Each command of the control API: what it asks, and that `--json` prints nothing but JSON.
+#[test]
+fn every_command_asks_what_its_name_says() {
+    let one = r#"{"success":true,"data":{"id":"key_1","apiKey":"pxk_live_x","name":"n","status":"active","token":"pxm_x","invitation":"inv_x"}}"#;
+    let many = r#"{"success":true,"data":{"items":[{"id":"key_1","name":"n","tiers":[{"name":"default","limit":5}]}],"nextCursor":null}}"#;
+    for (args, answer, asked) in [
+        (&["keys", "list"][..], many, "GET /api/v1/keys?"),
+        (&["keys", "list", "--operator"], many, "GET /api/v1/admin/keys?"),
+        (&["keys", "show", "key_1"], one, "GET /api/v1/keys/key_1 "),
+        (
+            &["keys", "rotate", "key_1", "--grace", "1h"],
+            one,
+            "POST /api/v1/keys/key_1/rotate ",
+        ),
+        (
+            &["keys", "end-grace", "key_1"],
+            one,
+            "POST /api/v1/keys/key_1/end-grace ",
+        ),
+        (&["keys", "disable", "key_1"], one, "PATCH /api/v1/keys/key_1 "),
+        (
+            &["keys", "enable", "key_1", "--operator"],
+            one,
+            "PATCH /api/v1/admin/keys/key_1 ",
+        ),
+        (&["keys", "revoke", "key_1"], one, "DELETE /api/v1/keys/key_1 "),
+        (&["orgs", "list"], many, "GET /api/v1/admin/organizations?"),
+        (&["orgs", "show"], one, "GET /api/v1/organization "),
+        (
+            &["orgs", "show", "org_1"],
+            one,
+            "GET /api/v1/admin/organizations/org_1 ",
+        ),
+        (
+            &["orgs", "update", "org_1", "--plan", "business"],
+            one,
+            "PATCH /api/v1/admin/organizations/org_1 ",
+        ),
+        (&["orgs", "plans"], many, "GET /api/v1/plans "),
+        (&["orgs", "gates"], many, "GET /api/v1/admin/gates "),
+        (
+            &["orgs", "invite", "--note", "you"],
+            one,
+            "POST /api/v1/admin/invitations ",
+        ),
+        (&["tokens", "list"], many, "GET /api/v1/tokens "),
+        (&["tokens", "create", "--name", "n"], one, "POST /api/v1/tokens "),
+        (&["tokens", "delete", "tok_1"], one, "DELETE /api/v1/tokens/tok_1 "),
+        (&["usage", "--from", "7d"], many, "GET /api/v1/usage?"),
+        (&["audit"], many, "GET /api/v1/audit?"),
+        (&["audit", "--operator"], many, "GET /api/v1/admin/audit?"),
+        (&["openapi"], r#"{"openapi":"3.1.0"}"#, "GET /openapi.json "),
+    ] {
+        let server = Canned::new(vec![(200, answer), (200, answer)]);
+        let output = server.call(args);
+        assert_eq!(code(&output), 0, "{args:?}: {}", stderr(&output));
+        let request = server.request();
+        assert!(request.starts_with(asked), "{args:?} asked {request}");
+        assert!(
+            request.contains("authorization: Bearer pxm_token") || args == ["openapi"],
+            "{args:?}: {request}"
+        );
+        let output = server.call(&[args, &["--json"]].concat());
+        assert_eq!(code(&output), 0, "{args:?} --json: {}", stderr(&output));
+        let said = stdout(&output);
+        let parsed: Result<serde_json::Value, _> = serde_json::from_str(&said);
+        assert!(parsed.is_ok(), "{args:?} --json printed {said}");
+    }
+}
+
+#[test]
+fn every_command_has_help_completions_and_a_page() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().display().to_string();
+    assert_eq!(code(&run(&mut tollgate(&["man", "--dir", &dir]))), 0);
+    let scripts: Vec<String> = ["bash", "zsh", "fish", "elvish", "powershell"]
+        .map(|shell| {
+            let output = run(&mut tollgate(&["completions", shell]));
+            assert_eq!(code(&output), 0, "{shell}");
+            stdout(&output)
+        })
+        .into();
+    let mut commands = vec![(vec![], tollgate::cli::command())];
+    let mut seen = 0;
+    while let Some((path, command)) = commands.pop() {
+        assert!(
+            path.is_empty() || command.get_about().is_some(),
+            "{path:?} says nothing about itself"
+        );
+        for inner in command.get_subcommands().filter(|inner| inner.get_name() != "help") {
+            let path: Vec<String> = path.iter().cloned().chain([inner.get_name().to_owned()]).collect();
+            let page = directory.path().join(format!("tollgate-{}.1", path.join("-")));
+            assert!(page.exists(), "{}", page.display());
+            for script in &scripts {
+                assert!(script.contains(inner.get_name()), "{path:?} is not completed");
+            }
+            let mut args: Vec<&str> = path.iter().map(String::as_str).collect();
+            args.push("--help");
+            assert_eq!(code(&run(&mut tollgate(&args))), 0, "{args:?}");
+            seen += 1;
+            commands.push((path, inner.clone()));
+        }
+    }
+    assert!(seen > 35, "{seen} commands");
+}
+
+#[test]
+fn status_prints_what_a_process_says_of_itself() {
+    let said = r#"{"version":"0.1.0","gate":{"name":"gate-1","ready":true}}"#;
+    let server = Canned::new(vec![(200, said), (200, said)]);
+    let call = |args: &[&str]| run(tollgate(args).env("TOLLGATE_ADMIN", &server.url));
+    let text = call(&["status"]);
+    assert!(
+        code(&text) == 0 && stdout(&text).contains("gate-1"),
+        "{}",
+        stdout(&text)
+    );
+    let json: serde_json::Value = serde_json::from_str(&stdout(&call(&["status", "--json"]))).unwrap();
+    assert_eq!(json["gate"]["ready"], true);
 }

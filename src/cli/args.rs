@@ -146,6 +146,9 @@ pub enum ConfigCommand {
         /// A complete example with a control plane instead of the smallest useful one.
         #[arg(long)]
         full: bool,
+        /// Where the service listens that is to be protected.
+        #[arg(long, value_name = "HOST:PORT", value_parser = server_address)]
+        upstream: Option<String>,
     },
 }
 
@@ -483,6 +486,11 @@ pub enum MigrateCommand {
         /// Where to; must not exist.
         to: PathBuf,
     },
+}
+
+/// An upstream's `HOST:PORT`, as in the configuration file.
+fn server_address(text: &str) -> Result<String, String> {
+    crate::config::parse_server_address(text)
 }
 
 /// `500ms`, `30s`, `5m`, `24h`, `30d`, as in the configuration file.

@@ -62,11 +62,11 @@ pub fn config(command: ConfigCommand, output: &Output) -> Result<(), Failure> {
         ConfigCommand::Schema {
             format: SchemaFormat::Markdown,
         } => output.text(&config::reference()),
-        ConfigCommand::Init { file, full } => {
-            let text = if full { config::PLATFORMXE } else { config::MINIMAL };
+        ConfigCommand::Init { file, full, upstream } => {
+            let text = config::beginning(full, upstream.as_deref());
             match file {
-                None => output.text(text),
-                Some(path) => write_new(&path, text, output),
+                None => output.text(&text),
+                Some(path) => write_new(&path, &text, output),
             }
         }
     }

@@ -80,6 +80,23 @@ pub fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     text.parse::<scalar::Span>().map(|span| span.0)
 }
 
+/// A server's `HOST:PORT` as the file has it.
+///
+/// # Errors
+/// What would be right.
+pub fn parse_server_address(text: &str) -> Result<String, String> {
+    text.parse::<scalar::ServerAddress>().map(|address| address.0)
+}
+
+/// A configuration to begin with: PlatformXe's, or the smallest useful one; `upstream` (`HOST:PORT`) is what it protects.
+pub fn beginning(full: bool, upstream: Option<&str>) -> String {
+    let text = if full { PLATFORMXE } else { MINIMAL };
+    match upstream {
+        None => text.to_owned(),
+        Some(address) => text.replace("UPSTREAM:-127.0.0.1:9000", &format!("UPSTREAM:-{address}")),
+    }
+}
+
 /// What the process's environment answers for `${NAME}`.
 pub fn process_env(name: &str) -> Option<String> {
     std::env::var(name).ok()

@@ -8,6 +8,7 @@ mod life;
 mod limits;
 mod metrics;
 mod origin;
+mod readme;
 mod rotation;
 mod secrets;
 mod tls;
