@@ -10,7 +10,8 @@
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
 //! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
 //!
-//! Chapters of the manual: [`embedding`] for services that want the gate alone, [`operations`], [`metrics`], [`security`].
+//! Chapters of the manual: [`embedding`] for services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL,
+//! replicas, backup), [`operations`], [`metrics`], [`security`].
 #![forbid(unsafe_code)]
 
 pub mod app;
@@ -18,6 +19,8 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod control;
+#[doc = include_str!("manual/control-plane.md")]
+pub mod control_plane {}
 #[doc = include_str!("manual/embedding.md")]
 pub mod embedding {}
 pub mod feed;

@@ -160,6 +160,12 @@ fn our_own_configurations_are_fine() {
     let output = run(&mut full);
     assert_eq!(code(&output), 0, "{}", stdout(&output));
     assert!(stdout(&output).contains("fine (gate \"gate-1\", control plane, 24 routes, 4 tiers, 3 upstreams)"));
+    let mut cluster = tollgate(&["check", "-c", "conf/cluster.yaml"]);
+    cluster
+        .env("TOLLGATE_FEED_TOKEN_FILE", at("feed.token"))
+        .env("TOLLGATE_ADMIN_TOKEN_FILE", at("admin.token"));
+    let output = run(&mut cluster);
+    assert_eq!(code(&output), 0, "{}", stdout(&output));
     let output = run(tollgate(&["check", "-c", "conf/minimal.yaml"]).env("KEYS", at("keys.ndjson")));
     assert_eq!(code(&output), 0, "{}", stdout(&output));
 

@@ -479,12 +479,21 @@ pub enum MigrateCommand {
     Status(ConfigFile),
     /// Apply the missing migrations.
     Up(ConfigFile),
-    /// Copy the database to a file, also while it is in use.
+    /// Copy the SQLite database to a file, also while it is in use. For PostgreSQL there is pg_dump.
     Backup {
         #[command(flatten)]
         file: ConfigFile,
         /// Where to; must not exist.
         to: PathBuf,
+    },
+    /// Copy a SQLite database into the empty PostgreSQL database of the configuration, and verify the copy.
+    /// Stop the control plane before; gates serve on meanwhile.
+    Copy {
+        #[command(flatten)]
+        file: ConfigFile,
+        /// The SQLite file to copy.
+        #[arg(long, value_name = "PATH")]
+        from: PathBuf,
     },
 }
 

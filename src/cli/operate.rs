@@ -1,5 +1,6 @@
 //! Starting processes, and talking to running ones over the operator's listener.
 
+use std::path::Path;
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
@@ -51,7 +52,10 @@ fn failed(error: AppError) -> Failure {
 }
 
 pub fn migrate(args: MigrateArgs, output: &Output) -> Result<(), Failure> {
-    let (MigrateCommand::Status(file) | MigrateCommand::Up(file) | MigrateCommand::Backup { file, .. }) = &args.action;
+    let (MigrateCommand::Status(file)
+    | MigrateCommand::Up(file)
+    | MigrateCommand::Backup { file, .. }
+    | MigrateCommand::Copy { file, .. }) = &args.action;
     let config = config::load(&file.config, &config::process_env)?;
     let url = match config.control.map(|control| control.database) {
         Some(Database::Sqlite { path }) => format!("sqlite://{}", path.display()),
@@ -84,9 +88,54 @@ pub fn migrate(args: MigrateArgs, output: &Output) -> Result<(), Failure> {
             }
             return output.text(&format!("Copied the database to {}.", to.display()));
         }
+        MigrateCommand::Copy { from, .. } => {
+            let copied = copy(&runtime, from, &url)?;
+            return report_copied(&copied, output);
+        }
     }
     let states = runtime.block_on(control::migration_states(&url)).map_err(failed)?;
     migration_states(&states, output)
+}
+
+/// From a SQLite file to the database at `url`, with a bar on a terminal.
+fn copy(runtime: &tokio::runtime::Runtime, from: &Path, url: &str) -> Result<Vec<control::Copied>, Failure> {
+    let bar = shows_progress().then(|| {
+        let bar = indicatif::ProgressBar::no_length();
+        // A template that cannot be read would be a mistake of ours; the default one shows as much.
+        if let Ok(style) = indicatif::ProgressStyle::with_template("{msg:28} {wide_bar} {human_pos}/{human_len} {eta}")
+        {
+            bar.set_style(style);
+        }
+        bar
+    });
+    let mut show = |progress: control::Progress| {
+        if let Some(bar) = &bar {
+            let what = if progress.is_verifying { "verifying" } else { "copying" };
+            bar.set_message(format!("{what} {}", progress.table));
+            bar.set_length(progress.total);
+            bar.set_position(progress.done);
+        }
+    };
+    let copied = runtime.block_on(control::copy(&format!("sqlite://{}", from.display()), url, &mut show));
+    if let Some(bar) = &bar {
+        bar.finish_and_clear();
+    }
+    copied.map_err(|error| Failure::new(Exit::Failure, error))
+}
+
+fn report_copied(copied: &[control::Copied], output: &Output) -> Result<(), Failure> {
+    if output.is_json() {
+        let tables = copied
+            .iter()
+            .map(|table| serde_json::json!({"table": table.table, "rows": table.rows, "sha256": table.sha256}));
+        return output.value(&tables.collect());
+    }
+    let row = |table: &control::Copied| vec![table.table.to_owned(), table.rows.to_string(), table.sha256.clone()];
+    output.table(
+        &["table", "rows", "sha256"],
+        &copied.iter().map(row).collect::<Vec<_>>(),
+    )?;
+    output.text("Copied, read back, and found the same.")
 }
 
 /// A sign of life on a terminal, for work whose length is not known.

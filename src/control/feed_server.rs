@@ -43,6 +43,10 @@ pub async fn follow(
         Changes::Resync => None,
         Changes::Lines { .. } => asked,
     };
+    // The store knows it, so it is one of ours, whether or not this process has heard of it.
+    if let Some(after) = after {
+        app.hub.publish(after);
+    }
     if let Some(ahead) = asked.filter(|asked| *asked > app.hub.revision() && after.is_none()) {
         log::warn!(
             "{} has revision {ahead}, the database only {}: was it restored from a backup? Then let the gates load it anew \
@@ -53,10 +57,11 @@ pub async fn follow(
     }
     let compress = accepts_zstd(&headers);
     let (pieces, receiver) = mpsc::channel(PIECES);
+    let connected = match name.as_deref() {
+        Some(name) => Some(app.gate_connected(name, asked.unwrap_or(0)).await),
+        None => None,
+    };
     tokio::spawn(async move {
-        let connected = name
-            .as_deref()
-            .map(|name| app.hub.connect(name, asked.unwrap_or(0), app.now_ms()));
         let ended = match Sender::new(pieces, compress) {
             Ok(sender) => serve(&app, sender, after).await,
             Err(end) => end,

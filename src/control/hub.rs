@@ -1,12 +1,17 @@
 //! Who is listening: wakes the feed when something changed, knows which gates there are and what they have applied.
+//!
+//! Where several processes share a store, each hub hears of the others' gates by [`Hub::merge`] and tells of its own by
+//! [`Hub::take_unsaved`]; the store puts them in order. So an acknowledgement counts whichever process it reached. What
+//! is on its way is missing meanwhile: a gate may look behind that is not, never the other way round.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::model::{Applied, GateState};
+use super::store::GateReport;
 
 /// Shared by the service, the feed's connections and the operator's page.
 pub struct Hub {
@@ -17,9 +22,12 @@ pub struct Hub {
     /// Set once, at shutdown: the feed's connections would otherwise never end.
     closing: watch::Sender<bool>,
     gates: Mutex<BTreeMap<String, Gate>>,
+    /// Told when a gate has said something that is not saved.
+    unsaved: Notify,
     live_for_ms: i64,
 }
 
+#[derive(Default)]
 struct Gate {
     version: Option<String>,
     revision: u64,
@@ -27,9 +35,16 @@ struct Gate {
     /// says nothing about what the gate knows of ours.
     claimed: u64,
     last_heard_at_ms: i64,
+    /// Connections to this process.
     connections: u32,
+    /// Another process says that it holds a connection.
+    connected_elsewhere: bool,
     /// Changed since it was last written to the store.
     unsaved: bool,
+    /// It has said since then what revision it has …
+    said: bool,
+    /// … and that it begins anew with it.
+    begins: bool,
 }
 
 impl Hub {
@@ -39,15 +54,10 @@ impl Hub {
         let gates = known
             .into_iter()
             .map(|gate| {
-                let known = Gate {
-                    version: gate.version,
-                    revision: gate.revision,
-                    claimed: 0,
-                    last_heard_at_ms: gate.last_heard_at_ms,
-                    connections: 0,
-                    unsaved: false,
-                };
-                (gate.name, known)
+                let mut known = Gate::default();
+                let name = gate.name.clone();
+                known.become_as(gate);
+                (name, known)
             })
             .collect();
         Self {
@@ -55,6 +65,7 @@ impl Hub {
             news: watch::Sender::new(0),
             closing: watch::Sender::new(false),
             gates: Mutex::new(gates),
+            unsaved: Notify::new(),
             live_for_ms: live_for.as_millis() as i64,
         }
     }
@@ -99,8 +110,9 @@ impl Hub {
         gate.claimed = if is_ours { 0 } else { revision };
         gate.last_heard_at_ms = now_ms;
         gate.connections += 1;
-        gate.unsaved = true;
+        (gate.unsaved, gate.said, gate.begins) = (true, true, true);
         drop(gates);
+        self.unsaved.notify_one();
         Connected {
             hub: Arc::clone(self),
             name: name.to_owned(),
@@ -129,12 +141,13 @@ impl Hub {
         }
         gate.last_heard_at_ms = gate.last_heard_at_ms.max(now_ms);
         gate.version = version.or(gate.version.take());
-        gate.unsaved = true;
+        (gate.unsaved, gate.said) = (true, true);
         drop(gates);
+        self.unsaved.notify_one();
         self.news.send_modify(|count| *count += 1);
     }
 
-    /// Forgets a gate that was taken out of service; answers false if it is connected.
+    /// Forgets a gate that was taken out of service; answers false if it is connected to this process.
     pub fn forget(&self, name: &str) -> bool {
         let mut gates = self.lock();
         if gates.get(name).is_some_and(|gate| gate.connections > 0) {
@@ -161,18 +174,52 @@ impl Hub {
             .collect()
     }
 
-    /// The gates that changed since the last call, to be written to the store.
-    pub fn take_unsaved(&self, now_ms: i64) -> Vec<GateState> {
+    /// What gates have said since the last call, to be written to the store; and, if `refresh`, that those that are
+    /// connected still are.
+    pub fn take_unsaved(&self, refresh: bool, now_ms: i64) -> Unsaved<'_> {
         let mut gates = self.lock();
         let unsaved = gates
             .iter_mut()
-            .filter(|(_, gate)| gate.unsaved || gate.connections > 0);
-        unsaved
+            .filter(|(_, gate)| gate.unsaved || (refresh && gate.connections > 0));
+        let reports = unsaved
             .map(|(name, gate)| {
                 gate.unsaved = false;
-                self.state(name, gate, now_ms)
+                let connected = gate.connections > 0;
+                GateReport {
+                    name: name.clone(),
+                    version: gate.version.clone(),
+                    said: std::mem::take(&mut gate.said).then_some(gate.revision),
+                    begins: std::mem::take(&mut gate.begins),
+                    claimed: gate.claimed,
+                    last_heard_at_ms: if connected { now_ms } else { gate.last_heard_at_ms },
+                    connected,
+                }
             })
-            .collect()
+            .collect();
+        Unsaved { hub: self, reports }
+    }
+
+    /// Waits until a gate has said something that is not saved.
+    pub async fn unsaved(&self) {
+        self.unsaved.notified().await;
+    }
+
+    /// What the store knows of some gates. What a gate has said here and is not saved yet is newer, and comes back.
+    pub fn merge(&self, states: Vec<GateState>) {
+        let mut gates = self.lock();
+        for state in states {
+            gate(&mut gates, &state.name).become_as(state);
+        }
+        drop(gates);
+        self.news.send_modify(|count| *count += 1);
+    }
+
+    /// What the store knows of all gates: one that it does not know was forgotten by another process.
+    pub fn merge_all(&self, states: Vec<GateState>) {
+        self.lock().retain(|name, gate| {
+            gate.unsaved || gate.connections > 0 || states.iter().any(|state| state.name == *name)
+        });
+        self.merge(states);
     }
 
     /// Who has applied `revision`, and who has not.
@@ -199,14 +246,17 @@ impl Hub {
     }
 
     fn state(&self, name: &str, gate: &Gate, now_ms: i64) -> GateState {
-        let connected = gate.connections > 0;
+        let live = self.is_live(gate, now_ms);
+        let connected_here = gate.connections > 0;
         GateState {
             name: name.to_owned(),
             version: gate.version.clone(),
             revision: gate.revision,
-            last_heard_at_ms: if connected { now_ms } else { gate.last_heard_at_ms },
-            connected,
-            live: self.is_live(gate, now_ms),
+            claimed: gate.claimed,
+            last_heard_at_ms: if connected_here { now_ms } else { gate.last_heard_at_ms },
+            // A process that was killed says for ever that it is connected, but says so anew only while it lives.
+            connected: connected_here || (gate.connected_elsewhere && live),
+            live,
         }
     }
 
@@ -217,6 +267,41 @@ impl Hub {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Gate>> {
         // Nothing under the lock can panic halfway through a change, so a poisoned map is a whole map.
         self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reports to be written to the store. Dropped before they are [`saved`](Unsaved::saved), they are taken again with the
+/// next.
+pub struct Unsaved<'a> {
+    hub: &'a Hub,
+    reports: Vec<GateReport>,
+}
+
+impl Unsaved<'_> {
+    /// They are in the store.
+    pub fn saved(mut self) {
+        self.reports.clear();
+    }
+}
+
+impl std::ops::Deref for Unsaved<'_> {
+    type Target = [GateReport];
+
+    fn deref(&self) -> &[GateReport] {
+        &self.reports
+    }
+}
+
+impl Drop for Unsaved<'_> {
+    fn drop(&mut self) {
+        let mut gates = self.hub.lock();
+        for report in &self.reports {
+            if let Some(gate) = gates.get_mut(&report.name) {
+                gate.unsaved = true;
+                gate.said |= report.said.is_some();
+                gate.begins |= report.begins;
+            }
+        }
     }
 }
 
@@ -241,19 +326,26 @@ impl Drop for Connected {
             gate.unsaved = true;
         }
         drop(gates);
+        self.hub.unsaved.notify_one();
         self.hub.news.send_modify(|count| *count += 1);
     }
 }
 
+impl Gate {
+    /// Takes over what the store knows, where nothing newer waits to be saved.
+    fn become_as(&mut self, state: GateState) {
+        self.connected_elsewhere = state.connected;
+        self.last_heard_at_ms = self.last_heard_at_ms.max(state.last_heard_at_ms);
+        if !self.said {
+            self.revision = state.revision;
+            self.claimed = state.claimed;
+            self.version = state.version.or(self.version.take());
+        }
+    }
+}
+
 fn gate<'a>(gates: &'a mut BTreeMap<String, Gate>, name: &str) -> &'a mut Gate {
-    gates.entry(name.to_owned()).or_insert(Gate {
-        version: None,
-        revision: 0,
-        claimed: 0,
-        last_heard_at_ms: 0,
-        connections: 0,
-        unsaved: true,
-    })
+    gates.entry(name.to_owned()).or_default()
 }
 
 /// How long a gate that fell silent is still named where a change is not acknowledged by it.
@@ -280,6 +372,64 @@ mod tests {
         assert_eq!(hub.applied(7, 900_004).pending, ["gate-1"]);
         assert_eq!(hub.states(900_004)[0].version.as_deref(), Some("0.1.0"));
         assert!(!hub.forget("gate-1"));
+    }
+
+    #[test]
+    fn an_acknowledgement_to_another_process_counts_here() {
+        let (one, other) = (
+            Arc::new(Hub::new(7, vec![], Duration::from_secs(15))),
+            Arc::new(Hub::new(7, vec![], Duration::from_secs(15))),
+        );
+        let as_stored = |report: &GateReport| GateState {
+            name: report.name.clone(),
+            version: report.version.clone(),
+            revision: report.said.unwrap_or(0),
+            claimed: report.claimed,
+            last_heard_at_ms: report.last_heard_at_ms,
+            connected: report.connected,
+            live: false,
+        };
+        let connected = one.connect("gate-1", 6, 1_000);
+        let take = |hub: &Hub, now_ms| {
+            let taken = hub.take_unsaved(false, now_ms);
+            let reports = taken.to_vec();
+            taken.saved();
+            reports
+        };
+        let told = take(&one, 1_000);
+        assert!(told[0].begins && told[0].connected && told[0].said == Some(6));
+        assert!(take(&one, 1_000).is_empty());
+        other.merge(told.iter().map(as_stored).collect());
+        assert_eq!(other.applied(7, 1_000).pending, ["gate-1"]);
+        assert!(other.states(1_000)[0].connected && other.states(1_000)[0].live);
+        // The balancer sends its acknowledgement to the other one.
+        other.acknowledge("gate-1", 7, None, 1_100);
+        let told = take(&other, 1_100);
+        assert!(!told[0].begins && !told[0].connected && told[0].said == Some(7));
+        one.merge(vec![as_stored(&told[0])]);
+        assert_eq!(one.applied(7, 1_100).gates, ["gate-1"]);
+        // Hearing that it lives says nothing of what it has applied.
+        other.heard("gate-1", 1_200);
+        assert_eq!(take(&other, 1_200)[0].said, None);
+        // What was said here and is not saved is not overwritten.
+        one.acknowledge("gate-1", 8, None, 1_300);
+        one.publish(8);
+        one.acknowledge("gate-1", 8, None, 1_300);
+        one.merge(vec![as_stored(&told[0])]);
+        assert_eq!(one.applied(8, 1_300).gates, ["gate-1"]);
+        // A report that could not be saved is made again.
+        let told = one.take_unsaved(false, 1_300).to_vec();
+        assert_eq!(told[0].said, Some(8));
+        assert_eq!(take(&one, 1_300), told);
+        // Forgotten elsewhere: here too, unless it is connected.
+        one.merge_all(vec![]);
+        assert_eq!(one.states(1_300).len(), 1);
+        connected.end(1_400);
+        take(&one, 1_400);
+        one.merge_all(vec![]);
+        assert!(one.states(1_400).is_empty());
+        // A process that died says no more that a gate is connected to it.
+        assert!(!other.states(16_201)[0].connected);
     }
 
     #[test]

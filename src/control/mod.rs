@@ -15,7 +15,7 @@
 mod api;
 mod feed_server;
 mod hub;
-mod model;
+pub mod model;
 mod password;
 mod plane;
 mod portal;
@@ -23,10 +23,11 @@ mod secret;
 mod serve;
 mod service;
 mod settings;
-mod store;
+pub mod store;
 mod throttle;
 mod time;
 
-pub use plane::{ControlError, ControlPlane, DevKey, backup, migrate, migration_states};
+pub use plane::{ControlError, ControlPlane, DevKey, backup, copy, migrate, migration_states};
 pub use settings::{Environment, Network, Plan, Registration, Scope, Settings, Tier};
-pub use store::sqlite::MigrationState;
+pub use store::MigrationState;
+pub use store::copy::{Copied, Progress};

@@ -260,7 +260,11 @@ pub struct GateState {
     pub version: Option<String>,
     /// The newest revision that it said it had applied.
     pub revision: u64,
+    /// A revision that it claims and that we never made, from a later life of a database that was restored since. It
+    /// says nothing about what the gate knows of ours. 0: none.
+    pub claimed: u64,
     pub last_heard_at_ms: i64,
+    /// To this process or to another one that shares the store.
     pub connected: bool,
     pub live: bool,
 }

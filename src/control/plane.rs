@@ -1,5 +1,6 @@
 //! The control plane as the rest of the program sees it.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,8 +11,8 @@ use super::model::{Actor, Caller, Fault, Origin};
 use super::serve;
 use super::service::Service;
 use super::settings::Settings;
-use super::store::Store;
-use super::store::sqlite::{self, MigrationState, SqliteStore};
+use super::store::copy::{Copied, Progress};
+use super::store::{self, MigrationState};
 use crate::clock::Clock;
 use crate::tls::ListenerTls;
 
@@ -26,7 +27,7 @@ impl ControlPlane {
     /// If a setting makes no sense, or the database cannot be opened.
     pub async fn open(settings: Settings, clock: Clock) -> Result<Self, ControlError> {
         check(&settings)?;
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&settings.database).await?);
+        let store = store::open(&settings.database).await?;
         Ok(Self(Arc::new(Service::new(settings, store, clock).await?)))
     }
 
@@ -133,41 +134,68 @@ impl From<Fault> for ControlError {
 
 /// Which migrations the database at `url` has and lacks.
 pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, ControlError> {
-    Ok(sqlite::migration_states(url).await?)
+    Ok(store::migration_states(url).await?)
 }
 
 /// Brings the schema of the database at `url` up to date.
 pub async fn migrate(url: &str) -> Result<(), ControlError> {
-    Ok(sqlite::migrate(url).await?)
+    Ok(store::migrate(url).await?)
 }
 
-/// Copies the database at `url` to the new file `target`, consistently and while it is in use.
+/// Copies the SQLite database at `url` to the new file `target`, consistently and while it is in use.
 pub async fn backup(url: &str, target: &Path) -> Result<(), ControlError> {
-    Ok(sqlite::backup(url, target).await?)
+    Ok(store::backup(url, target).await?)
+}
+
+/// Copies the SQLite database at `from` into the empty PostgreSQL database at `to`, as [`store::copy`] has it.
+pub async fn copy(
+    from: &str,
+    to: &str,
+    progress: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Vec<Copied>, ControlError> {
+    Ok(store::copy::copy(from, to, progress).await?)
 }
 
 async fn keep_up(service: Arc<Service>, mut ended: tokio::sync::watch::Receiver<bool>) {
-    // Gates are saved often, because a restart believes what was saved; the rest is due once a minute.
-    let mut ticks = tokio::time::interval(Duration::from_secs(5));
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut tick = 0_u64;
+    tokio::select! {
+        never = maintain_each_minute(&service) => match never {},
+        never = save_gates(&service) => match never {},
+        () = service.follow_others() => {}
+        _ = ended.wait_for(|ended| *ended) => {}
+    }
+    if let Err(fault) = service.save_gates(true).await {
+        log::warn!("the gates' states were not saved: {fault}");
+    }
+}
+
+async fn maintain_each_minute(service: &Service) -> Infallible {
+    let mut minutes = tokio::time::interval(Duration::from_secs(60));
+    minutes.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            _ = ended.wait_for(|ended| *ended) => break,
-        }
-        let result = if tick.is_multiple_of(12) {
-            service.maintain().await
-        } else {
-            service.save_gates().await
-        };
-        if let Err(fault) = result {
+        minutes.tick().await;
+        if let Err(fault) = service.maintain().await {
             log::warn!("the control plane's upkeep will be tried again: {fault}");
         }
-        tick += 1;
     }
-    if let Err(fault) = service.save_gates().await {
-        log::warn!("the gates' states were not saved: {fault}");
+}
+
+/// Gates are saved often, because a restart believes what was saved; and at once where other processes want to know it.
+/// Those that speak while others are being saved are saved together.
+async fn save_gates(service: &Service) -> Infallible {
+    let mut ticks = tokio::time::interval(Duration::from_secs(5));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let is_tick = tokio::select! {
+            _ = ticks.tick() => true,
+            () = service.hub.unsaved(), if service.is_shared => false,
+        };
+        let mut saved = service.save_gates(is_tick).await;
+        if is_tick && service.is_shared && saved.is_ok() {
+            saved = service.look_around().await;
+        }
+        if let Err(fault) = saved {
+            log::warn!("what is known of the gates will be saved again: {fault}");
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 /// Everything that can be set. `Debug` prints no token.
 #[derive(Clone)]
 pub struct Settings {
-    /// `sqlite:///path/to/file`, or `sqlite::memory:` for a database that ends with the process.
+    /// `sqlite:///path/to/file`, `postgres://…`, or `sqlite::memory:` for a database that ends with the process.
     pub database: String,
     /// What gates present at `/feed/v1/…`.
     pub feed_token: String,

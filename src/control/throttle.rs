@@ -1,4 +1,8 @@
 //! How often somebody may try: at most so many times in any interval of the window's length, kept exactly.
+//!
+//! Each process counts by itself, also where several share a database: a shared count would be a write for everybody who
+//! knocks, before it is known who it is, and that is a way to load the database. With N processes an address or an account
+//! has N times the attempts, which is still far too few to guess a password.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;

@@ -8,7 +8,24 @@ use tollgate::control::Registration;
 
 use crate::harness::{Harness, fault_fields, settings, text};
 
-#[tokio::test]
+on_every_engine! {
+    the_seed_request_makes_an_organisation_and_a_key,
+    every_wrong_field_is_named,
+    what_is_not_json_or_too_large_is_told_apart,
+    a_broken_body_is_not_quoted_back,
+    signing_in_out_and_back,
+    cookies_are_strict_under_tls,
+    pages_of_other_sites_change_nothing,
+    the_eleventh_attempt_is_throttled_by_account_and_by_address,
+    a_new_password_ends_every_other_session,
+    sessions_are_ended_one_by_one_or_all_others_and_by_time,
+    tokens_act_for_their_organisation_until_they_end,
+    registration_by_invitation_and_not_at_all,
+    registrations_are_throttled_by_address,
+    the_operator_sees_and_changes_every_organisation,
+    the_audit_log_says_who_what_when_from_where,
+}
+
 async fn the_seed_request_makes_an_organisation_and_a_key() {
     let harness = Harness::start().await;
     let answer = harness.register("dev@example.com").await;
@@ -23,7 +40,6 @@ async fn the_seed_request_makes_an_organisation_and_a_key() {
     harness.stop().await;
 }
 
-#[tokio::test]
 async fn every_wrong_field_is_named() {
     let harness = Harness::start().await;
     let body = json!({"name": " ", "email": "no-address", "password": "short", "nmae": 1});
@@ -39,7 +55,6 @@ async fn every_wrong_field_is_named() {
     assert_eq!(fault_fields(&error), ["email", "name", "password"]);
 }
 
-#[tokio::test]
 async fn what_is_not_json_or_too_large_is_told_apart() {
     let harness = Harness::start().await;
     let post = |kind: &'static str, body: String| {
@@ -71,7 +86,6 @@ async fn what_is_not_json_or_too_large_is_told_apart() {
     answer.refused(405, "METHOD_NOT_ALLOWED");
 }
 
-#[tokio::test]
 async fn a_broken_body_is_not_quoted_back() {
     let harness = Harness::start().await;
     let response = harness
@@ -86,7 +100,6 @@ async fn a_broken_body_is_not_quoted_back() {
     assert!(!response.text().await.unwrap().contains("canary"));
 }
 
-#[tokio::test]
 async fn signing_in_out_and_back() {
     let harness = Harness::start().await;
     harness.register("dev@example.com").await.expect(201);
@@ -124,7 +137,6 @@ async fn signing_in_out_and_back() {
         .refused(401, "UNAUTHENTICATED");
 }
 
-#[tokio::test]
 async fn cookies_are_strict_under_tls() {
     let public_url = Some("https://keys.example.com".to_owned());
     let harness = Harness::with(tollgate::control::Settings {
@@ -142,7 +154,6 @@ async fn cookies_are_strict_under_tls() {
     assert!(answer.headers.contains_key("strict-transport-security"));
 }
 
-#[tokio::test]
 async fn pages_of_other_sites_change_nothing() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -212,7 +223,6 @@ async fn an_unknown_address_and_a_wrong_password_answer_the_same() {
     );
 }
 
-#[tokio::test]
 async fn the_eleventh_attempt_is_throttled_by_account_and_by_address() {
     let harness = Harness::start().await;
     harness.register("dev@example.com").await.expect(201);
@@ -261,7 +271,6 @@ async fn the_eleventh_attempt_is_throttled_by_account_and_by_address() {
     }
 }
 
-#[tokio::test]
 async fn a_new_password_ends_every_other_session() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -306,7 +315,6 @@ async fn a_new_password_ends_every_other_session() {
     harness.login("dev@example.com", "another-password").await.expect(200);
 }
 
-#[tokio::test]
 async fn sessions_are_ended_one_by_one_or_all_others_and_by_time() {
     let harness = Harness::start().await;
     harness.register("dev@example.com").await.expect(201);
@@ -344,7 +352,6 @@ async fn sessions_are_ended_one_by_one_or_all_others_and_by_time() {
         .refused(401, "UNAUTHENTICATED");
 }
 
-#[tokio::test]
 async fn tokens_act_for_their_organisation_until_they_end() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -384,7 +391,6 @@ async fn tokens_act_for_their_organisation_until_they_end() {
     gone.refused(401, "UNAUTHENTICATED");
 }
 
-#[tokio::test]
 async fn registration_by_invitation_and_not_at_all() {
     let invite = tollgate::control::Settings {
         registration: Registration::Invite,
@@ -436,7 +442,6 @@ async fn registration_by_invitation_and_not_at_all() {
         .refused(403, "REGISTRATION_CLOSED");
 }
 
-#[tokio::test]
 async fn registrations_are_throttled_by_address() {
     let harness = Harness::with(tollgate::control::Settings {
         registrations_per_hour: 2,
@@ -452,7 +457,6 @@ async fn registrations_are_throttled_by_address() {
     harness.register("c@example.com").await.expect(201);
 }
 
-#[tokio::test]
 async fn the_operator_sees_and_changes_every_organisation() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -492,7 +496,6 @@ async fn the_operator_sees_and_changes_every_organisation() {
     assert_eq!(log["items"][0]["actor"]["kind"], "operator");
 }
 
-#[tokio::test]
 async fn the_audit_log_says_who_what_when_from_where() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;

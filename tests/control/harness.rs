@@ -1,13 +1,60 @@
 //! A control plane on a real socket, with a clock that tests move.
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt as _, StreamExt as _};
 
 use reqwest::{Client, Method, Response, StatusCode, header};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tollgate::clock::Clock;
 use tollgate::control::{ControlPlane, Environment, Plan, Scope, Settings, Tier};
+
+use crate::postgres::Postgres;
+
+/// Tests that hold whatever the engine: each on SQLite by itself, and all of them on one PostgreSQL server.
+macro_rules! on_every_engine {
+    ($($test:ident),* $(,)?) => {
+        mod on_sqlite {
+            $(#[tokio::test]
+            async fn $test() {
+                super::$test().await;
+            })*
+        }
+
+        #[tokio::test]
+        async fn the_same_on_postgresql() {
+            $crate::harness::on_postgres(&[$((stringify!($test), || Box::pin($test()))),*]).await;
+        }
+    };
+}
+
+pub type Test = fn() -> BoxFuture<'static, ()>;
+
+tokio::task_local! {
+    /// Where harnesses that do not name a database get one; without it: SQLite in memory.
+    static SERVER: Arc<Postgres>;
+}
+
+/// Runs tests on a server of their own, each with a database of its own, a few at once. All are run, and those that fail
+/// are named; their messages are on standard error.
+pub async fn on_postgres(tests: &[(&'static str, Test)]) {
+    let server = Arc::new(Postgres::start());
+    let run = |(name, test): &(&'static str, Test)| {
+        let (name, run) = (*name, SERVER.scope(Arc::clone(&server), test()));
+        async move { AssertUnwindSafe(run).catch_unwind().await.is_err().then_some(name) }
+    };
+    let outcomes: Vec<_> = futures_util::stream::iter(tests.iter().map(run))
+        .buffer_unordered(3)
+        .collect()
+        .await;
+    let failed: Vec<_> = outcomes.into_iter().flatten().collect();
+    assert!(failed.is_empty(), "{failed:?}");
+}
 
 pub const FEED_TOKEN: &str = "feed-token-of-the-tests";
 pub const ADMIN_TOKEN: &str = "admin-token-of-the-tests";
@@ -106,7 +153,12 @@ impl Harness {
         Self::with_clock(settings, Clock::manual(START_MS)).await
     }
 
-    pub async fn with_clock(settings: Settings, clock: Clock) -> Self {
+    pub async fn with_clock(mut settings: Settings, clock: Clock) -> Self {
+        if settings.database == Settings::default().database
+            && let Ok(database) = SERVER.try_with(|server| server.database())
+        {
+            settings.database = database;
+        }
         let _ = rustls::crypto::ring::default_provider().install_default();
         let plane = ControlPlane::open(settings, clock.clone()).await.unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

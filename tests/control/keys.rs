@@ -7,6 +7,17 @@ use serde_json::{Value, json};
 
 use crate::harness::{Answer, Harness, Tenant, fault_fields, text};
 
+on_every_engine! {
+    a_key_is_made_shown_changed_and_revoked,
+    every_wrong_field_of_a_key_is_named,
+    rotation_keeps_the_old_secret_for_its_grace_and_never_longer,
+    an_expiry_is_inherited_and_ten_secrets_are_enough,
+    a_replay_does_nothing_again_and_shows_no_secret,
+    twenty_at_once_with_one_idempotency_key_make_one_key,
+    lists_are_filtered_sorted_and_paged,
+    the_status_filter_agrees_with_the_status_shown,
+}
+
 async fn create(harness: &Harness, tenant: &Tenant, idempotency_key: &str, body: Value) -> Answer {
     let headers = [
         ("authorization", tenant.bearer()),
@@ -16,7 +27,6 @@ async fn create(harness: &Harness, tenant: &Tenant, idempotency_key: &str, body:
     harness.send(Method::POST, "/api/v1/keys", &headers, Some(body)).await
 }
 
-#[tokio::test]
 async fn a_key_is_made_shown_changed_and_revoked() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -81,7 +91,6 @@ async fn a_key_is_made_shown_changed_and_revoked() {
         .refused(409, "KEY_REVOKED");
 }
 
-#[tokio::test]
 async fn every_wrong_field_of_a_key_is_named() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -133,7 +142,6 @@ async fn every_wrong_field_of_a_key_is_named() {
     assert_eq!(fault_fields(&error), ["limit", "nope", "status"]);
 }
 
-#[tokio::test]
 async fn rotation_keeps_the_old_secret_for_its_grace_and_never_longer() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -201,7 +209,6 @@ async fn rotation_keeps_the_old_secret_for_its_grace_and_never_longer() {
     assert_eq!(again["revision"], ended["revision"]);
 }
 
-#[tokio::test]
 async fn an_expiry_is_inherited_and_ten_secrets_are_enough() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -234,7 +241,6 @@ async fn an_expiry_is_inherited_and_ten_secrets_are_enough() {
     assert_eq!(harness.get(&tenant, &path).await.expect(200)["status"], "expired");
 }
 
-#[tokio::test]
 async fn a_replay_does_nothing_again_and_shows_no_secret() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -286,7 +292,6 @@ async fn a_replay_does_nothing_again_and_shows_no_secret() {
     assert_eq!(shown["secrets"].as_array().unwrap().len(), 2);
 }
 
-#[tokio::test]
 async fn twenty_at_once_with_one_idempotency_key_make_one_key() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -300,7 +305,6 @@ async fn twenty_at_once_with_one_idempotency_key_make_one_key() {
     assert_eq!(list["items"].as_array().unwrap().len(), 1);
 }
 
-#[tokio::test]
 async fn lists_are_filtered_sorted_and_paged() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -366,7 +370,6 @@ async fn lists_are_filtered_sorted_and_paged() {
         .refused(422, "VALIDATION_ERROR");
 }
 
-#[tokio::test]
 async fn the_status_filter_agrees_with_the_status_shown() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;

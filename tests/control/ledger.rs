@@ -5,6 +5,15 @@ use serde_json::{Value, json};
 
 use crate::harness::{Harness, START_MS, Tenant, text};
 
+on_every_engine! {
+    batches_count_once_in_any_order,
+    the_same_batch_from_twenty_connections_at_once_counts_once,
+    only_billed_environments_are_billable_and_refusals_are_apart,
+    buckets_are_whole_and_csv_says_the_same,
+    the_last_use_of_keys_and_secrets_only_moves_forward,
+    a_broken_batch_is_refused_whole,
+}
+
 const MINUTE: i64 = START_MS / 60_000;
 
 fn batch(run: &str, sequence: u64, permits: Value) -> Value {
@@ -19,7 +28,6 @@ async fn totals(harness: &Harness, tenant: &Tenant, query: &str) -> Value {
     harness.get(tenant, &format!("/api/v1/usage?{query}")).await.expect(200)["totals"].clone()
 }
 
-#[tokio::test]
 async fn batches_count_once_in_any_order() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -56,7 +64,6 @@ async fn batches_count_once_in_any_order() {
     assert_eq!(totals(&harness, &tenant, "").await["permits"], 200 * 201 / 2 + 5);
 }
 
-#[tokio::test]
 async fn the_same_batch_from_twenty_connections_at_once_counts_once() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -70,7 +77,6 @@ async fn the_same_batch_from_twenty_connections_at_once_counts_once() {
     assert_eq!(totals(&harness, &tenant, "").await["permits"], 3);
 }
 
-#[tokio::test]
 async fn only_billed_environments_are_billable_and_refusals_are_apart() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -115,7 +121,6 @@ async fn only_billed_environments_are_billable_and_refusals_are_apart() {
     );
 }
 
-#[tokio::test]
 async fn buckets_are_whole_and_csv_says_the_same() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -180,7 +185,6 @@ async fn buckets_are_whole_and_csv_says_the_same() {
         .refused(422, "VALIDATION_ERROR");
 }
 
-#[tokio::test]
 async fn the_last_use_of_keys_and_secrets_only_moves_forward() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;
@@ -213,7 +217,6 @@ async fn the_last_use_of_keys_and_secrets_only_moves_forward() {
     assert_eq!(key["secrets"][1]["lastUsedAt"], "2026-11-24T10:00:05.000Z");
 }
 
-#[tokio::test]
 async fn a_broken_batch_is_refused_whole() {
     let harness = Harness::start().await;
     let tenant = harness.tenant("dev@example.com").await;

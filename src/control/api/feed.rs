@@ -33,7 +33,8 @@ pub struct UsageTaken {
 )]
 pub async fn acknowledge(State(app): State<App>, _: Gate, request: Request) -> Result<Reply<AckAnswer>, ApiError> {
     let ack: Ack = read(request, 4 * 1024).await?;
-    let version_fits = ack.version.as_ref().is_none_or(|version| version.chars().count() <= 64);
+    let fits = |version: &String| version.chars().count() <= 64 && !version.chars().any(char::is_control);
+    let version_fits = ack.version.as_ref().is_none_or(fits);
     let mut check = Check::new(Vec::new());
     if !is_gate_name(&ack.gate) {
         check.fault("gate", "must have 1 to 64 visible ASCII characters");
@@ -42,10 +43,10 @@ pub async fn acknowledge(State(app): State<App>, _: Gate, request: Request) -> R
         check.fault("revision", "must be at most 2^53");
     }
     if !version_fits {
-        check.fault("version", "must have at most 64 characters");
+        check.fault("version", "must have at most 64 characters, and no control characters");
     }
     check.finish()?;
-    app.hub.acknowledge(&ack.gate, ack.revision, ack.version, app.now_ms());
+    app.gate_acknowledged(&ack.gate, ack.revision, ack.version).await?;
     Ok(Reply::ok(AckAnswer {
         revision: app.hub.revision(),
     }))

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::hub::Hub;
+use super::hub::{Connected, Hub};
 use super::model::{Applied, Caller, Fault};
 use super::password::Passwords;
 use super::settings::Settings;
-use super::store::{Stamp, Store};
+use super::store::{News, Stamp, Store};
 use super::throttle::Throttle;
 use crate::clock::Clock;
 
@@ -27,6 +27,8 @@ pub struct Service {
     pub store: Arc<dyn Store>,
     pub clock: Clock,
     pub hub: Arc<Hub>,
+    /// Whether other processes may use the store too.
+    pub is_shared: bool,
     passwords: Passwords,
     registrations: Throttle,
     logins_by_address: Throttle,
@@ -43,6 +45,7 @@ impl Service {
             logins_by_address: Throttle::new(settings.login_attempts, LOGIN_WINDOW_MS),
             logins_by_account: Throttle::new(settings.login_attempts, LOGIN_WINDOW_MS),
             hub: Arc::new(hub),
+            is_shared: store.is_shared(),
             settings,
             store,
             clock,
@@ -73,21 +76,77 @@ impl Service {
         }
     }
 
-    /// What falls due with time: keys that gates may forget, outcomes, sessions; and what is known of the gates is saved.
+    /// What falls due with time: keys that gates may forget, outcomes, sessions.
     pub async fn maintain(&self) -> Result<(), Fault> {
         let revision = self.store.prune(self.now_ms()).await?;
         self.hub.publish(revision);
-        self.save_gates().await
+        Ok(())
     }
 
-    /// Writes down what is known of the gates.
-    pub async fn save_gates(&self) -> Result<(), Fault> {
-        let unsaved = self.hub.take_unsaved(self.now_ms());
-        if unsaved.is_empty() {
-            Ok(())
-        } else {
-            self.store.save_gates(&unsaved).await
+    /// A gate has connected and says that it has `revision`. Written down before it is answered: what it acknowledges
+    /// next, perhaps to another process, comes after.
+    pub async fn gate_connected(&self, name: &str, revision: u64) -> Connected {
+        let connected = self.hub.connect(name, revision, self.now_ms());
+        if self.is_shared
+            && let Err(fault) = self.save_gates(false).await
+        {
+            log::warn!("that {name} has connected is not written down yet: {fault}");
         }
+        connected
+    }
+
+    /// A gate has applied everything up to `revision`.
+    pub async fn gate_acknowledged(&self, name: &str, revision: u64, version: Option<String>) -> Result<(), Fault> {
+        // It may have heard of it from another process sooner than this one did.
+        if self.is_shared && revision > self.hub.revision() {
+            self.hub.publish(self.store.revision().await?);
+        }
+        self.hub.acknowledge(name, revision, version, self.now_ms());
+        Ok(())
+    }
+
+    /// Writes down what gates have said; and, if `refresh`, that those that are connected still are.
+    pub async fn save_gates(&self, refresh: bool) -> Result<(), Fault> {
+        let unsaved = self.hub.take_unsaved(refresh, self.now_ms());
+        if unsaved.is_empty() {
+            return Ok(());
+        }
+        self.store.save_gates(&unsaved).await?;
+        unsaved.saved();
+        Ok(())
+    }
+
+    /// Follows what other processes change, as long as it is polled; at once where the store announces it, and by looking
+    /// each second in any case. Never ends, also where nobody else shares the store.
+    pub async fn follow_others(&self) {
+        let Some(mut news) = self.store.news() else {
+            return std::future::pending().await;
+        };
+        loop {
+            let followed = match tokio::time::timeout(LOOK_EVERY, news.recv()).await {
+                Ok(Some(News::Revision(revision))) => {
+                    self.hub.publish(revision);
+                    Ok(())
+                }
+                Ok(Some(News::Gates(states))) => {
+                    self.hub.merge(states);
+                    Ok(())
+                }
+                Ok(Some(News::Unknown)) => self.look_around().await,
+                Ok(None) => return std::future::pending().await,
+                Err(_) => self.store.revision().await.map(|revision| self.hub.publish(revision)),
+            };
+            if let Err(fault) = followed {
+                log::debug!("what others have changed is not known yet: {fault}");
+            }
+        }
+    }
+
+    /// Looks at everything that another process may have changed.
+    pub async fn look_around(&self) -> Result<(), Fault> {
+        self.hub.publish(self.store.revision().await?);
+        self.hub.merge_all(self.store.gates().await?);
+        Ok(())
     }
 
     /// Writes down that something was used, beside the request that used it: reading goes on while nothing can be
@@ -108,5 +167,8 @@ impl Service {
     }
 }
 
+/// How often it is looked for changes that were not announced. With this, a change takes effect within about a second
+/// though every announcement is lost.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The window of the limits on signing in: 15 minutes.
 const LOGIN_WINDOW_MS: i64 = 15 * 60_000;

@@ -186,7 +186,8 @@ fn check_batch(batch: &UsageBatch) -> Result<(), Fault> {
         }
     }
     for (index, used) in batch.last_used.iter().enumerate() {
-        if !(0..=crate::control::time::LAST_MS).contains(&used.at_ms) || !short(&used.key, 128) {
+        let fine = short(&used.key, 128) && short(&used.secret, 64);
+        if !(0..=crate::control::time::LAST_MS).contains(&used.at_ms) || !fine {
             check.fault(&format!("last_used[{index}]"), "is out of range");
         }
     }

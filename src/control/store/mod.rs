@@ -1,10 +1,15 @@
-//! What is kept, behind one trait per subject, so that SQLite and another engine can be exchanged and one contract
-//! suite can run on both.
+//! What is kept, behind one trait per subject: on SQLite for one process, on PostgreSQL for any number of them. One
+//! contract suite, `tests/store`, runs on both.
 //!
 //! Every method is one transaction. A change writes, in that transaction, the rows, the feed line that tells the gates,
 //! the audit line and the outcome for its `Idempotency-Key`: all of it is there afterwards or none of it.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use async_trait::async_trait;
+use sqlx::migrate::Migrator;
+use tokio::sync::mpsc;
 
 use super::model::{
     AccessToken, ApiKey, AuditLine, AuditNote, Caller, Fault, GateState, Invitation, KeyStatus, Organization, Session,
@@ -13,8 +18,91 @@ use super::model::{
 use super::secret::Digest;
 use crate::wire::UsageBatch;
 
+pub mod copy;
 mod line;
+pub mod postgres;
 pub mod sqlite;
+
+/// Opens the database at `sqlite://…` or `postgres://…` and brings its schema up to date.
+///
+/// # Errors
+/// [`Fault::Unavailable`] if it cannot be opened.
+pub async fn open(url: &str) -> Result<Arc<dyn Store>, Fault> {
+    Ok(match Engine::of(url) {
+        Engine::Sqlite => Arc::new(sqlite::SqliteStore::open(url).await?),
+        Engine::Postgres => Arc::new(postgres::PostgresStore::open(url).await?),
+    })
+}
+
+/// Which migrations the database at `url` has, and which it lacks. Of a file that does not exist it lacks all.
+///
+/// # Errors
+/// [`Fault::Unavailable`] if it cannot be read.
+pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, Fault> {
+    match Engine::of(url) {
+        Engine::Sqlite => sqlite::migration_states(url).await,
+        Engine::Postgres => postgres::migration_states(url).await,
+    }
+}
+
+/// Applies the migrations that the database at `url` lacks.
+///
+/// # Errors
+/// [`Fault::Unavailable`] if it cannot be written.
+pub async fn migrate(url: &str) -> Result<(), Fault> {
+    match Engine::of(url) {
+        Engine::Sqlite => sqlite::migrate(url).await,
+        Engine::Postgres => postgres::migrate(url).await,
+    }
+}
+
+/// Copies a SQLite database to the new file `target`, consistently and while it is in use.
+///
+/// # Errors
+/// [`Fault::Unavailable`] if it cannot be read or written, and on PostgreSQL: its own tools do that better.
+pub async fn backup(url: &str, target: &Path) -> Result<(), Fault> {
+    match Engine::of(url) {
+        Engine::Sqlite => sqlite::backup(url, target).await,
+        Engine::Postgres => Err(Fault::Unavailable(format!(
+            "this copies SQLite files only; PostgreSQL has a tool of its own for that, which is as consistent: \
+             pg_dump --format=custom --file={} DATABASE (and pg_restore to restore it)",
+            target.display()
+        ))),
+    }
+}
+
+enum Engine {
+    Sqlite,
+    Postgres,
+}
+
+impl Engine {
+    fn of(url: &str) -> Self {
+        match url.split(':').next() {
+            Some("postgres" | "postgresql") => Engine::Postgres,
+            _ => Engine::Sqlite,
+        }
+    }
+}
+
+/// Whether a database has a migration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationState {
+    pub version: i64,
+    pub description: String,
+    pub applied: bool,
+}
+
+impl MigrationState {
+    fn of(known: &Migrator, applied: &[i64]) -> Vec<Self> {
+        let state = |migration: &sqlx::migrate::Migration| Self {
+            version: migration.version,
+            description: migration.description.to_string(),
+            applied: applied.contains(&migration.version),
+        };
+        known.iter().map(state).collect()
+    }
+}
 
 /// Everything a store does.
 pub trait Store: AccountStore + SessionStore + KeyStore + AuditStore + LedgerStore + FeedStore + 'static {}
@@ -117,6 +205,9 @@ pub enum EndSessions<'a> {
     One(&'a str),
     AllBut(&'a str),
 }
+
+/// Sessions of one user: more than anybody has browsers. The longest unused give way to new ones.
+pub const MOST_SESSIONS: i64 = 50;
 
 /// A page of organisations, oldest first.
 #[derive(Clone, Debug, Default)]
@@ -291,9 +382,45 @@ pub trait FeedStore: Send + Sync {
     /// Raises the revision beyond `beyond` and everything known, and makes every gate that is not there need a full
     /// snapshot. Answers the new revision.
     async fn resync(&self, beyond: u64, stamp: Stamp<'_>) -> Result<u64, Fault>;
+    /// The gates that were saved, by name; connected are those of other processes that share the store. Whether one
+    /// counts as live is not the store's to say.
     async fn gates(&self) -> Result<Vec<GateState>, Fault>;
-    async fn save_gates(&self, gates: &[GateState]) -> Result<(), Fault>;
+    /// Adds what this process was told to what is known of gates.
+    async fn save_gates(&self, gates: &[GateReport]) -> Result<(), Fault>;
     async fn forget_gate(&self, name: &str, stamp: Stamp<'_>) -> Result<bool, Fault>;
+    /// Whether other processes may use the store at the same time.
+    fn is_shared(&self) -> bool;
+    /// What processes that share the store change, this one among them, until the receiver is dropped. None: it
+    /// is not shared. It is a reason to look and no more: some may get lost.
+    fn news(&self) -> Option<mpsc::Receiver<News>>;
+}
+
+/// What a gate has said to this process since it was last saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GateReport {
+    pub name: String,
+    /// None: it has not said.
+    pub version: Option<String>,
+    /// The newest revision that it said it had applied. None: it has said nothing of that.
+    pub said: Option<u64>,
+    /// It has connected anew: `said` replaces what was known, also where that was more. Otherwise the higher counts.
+    pub begins: bool,
+    /// A revision that it claims and that was never made here; 0: none.
+    pub claimed: u64,
+    pub last_heard_at_ms: i64,
+    /// Whether this process holds its connection.
+    pub connected: bool,
+}
+
+/// What has changed in a store that several processes share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// This revision is committed.
+    Revision(u64),
+    /// These gates are known so now.
+    Gates(Vec<GateState>),
+    /// Anything may have changed.
+    Unknown,
 }
 
 /// Lines after a revision.

@@ -2,10 +2,11 @@
 
 use async_trait::async_trait;
 use sqlx::{Sqlite, Transaction};
+use tokio::sync::mpsc;
 
 use super::{SqliteStore, begin, fault, next_revision, write_audit};
 use crate::control::model::{AuditNote, Fault, GateState, REMEMBER_OUTCOME_MS, REMEMBER_REVOKED_MS};
-use crate::control::store::{Changes, FeedStore, SnapshotReader, Stamp};
+use crate::control::store::{Changes, FeedStore, GateReport, News, SnapshotReader, Stamp};
 use crate::wire::FeedLine;
 
 #[async_trait]
@@ -158,17 +159,18 @@ impl FeedStore for SqliteStore {
     }
 
     async fn gates(&self) -> Result<Vec<GateState>, Fault> {
-        let rows: Vec<(String, Option<String>, i64, i64)> =
-            sqlx::query_as("SELECT name, version, revision, last_heard_at_ms FROM gates ORDER BY name")
+        let rows: Vec<(String, Option<String>, i64, i64, i64)> =
+            sqlx::query_as("SELECT name, version, revision, claimed, last_heard_at_ms FROM gates ORDER BY name")
                 .fetch_all(&self.readers)
                 .await
                 .map_err(fault)?;
         Ok(rows
             .into_iter()
-            .map(|(name, version, revision, last_heard_at_ms)| GateState {
+            .map(|(name, version, revision, claimed, last_heard_at_ms)| GateState {
                 name,
                 version,
                 revision: revision as u64,
+                claimed: claimed as u64,
                 last_heard_at_ms,
                 connected: false,
                 live: false,
@@ -176,18 +178,21 @@ impl FeedStore for SqliteStore {
             .collect())
     }
 
-    async fn save_gates(&self, gates: &[GateState]) -> Result<(), Fault> {
+    async fn save_gates(&self, gates: &[GateReport]) -> Result<(), Fault> {
         let mut tx = self.begin().await?;
         for gate in gates {
             sqlx::query(
-                "INSERT INTO gates (name, version, revision, last_heard_at_ms) VALUES (?, ?, ?, ?)
+                "INSERT INTO gates (name, version, revision, claimed, last_heard_at_ms) VALUES (?1, ?2, ?3, ?4, ?5)
                  ON CONFLICT (name) DO UPDATE SET version = coalesce(excluded.version, version),
-                     revision = excluded.revision, last_heard_at_ms = excluded.last_heard_at_ms",
+                     revision = iif(?6, excluded.revision, max(revision, excluded.revision)),
+                     claimed = excluded.claimed, last_heard_at_ms = max(last_heard_at_ms, excluded.last_heard_at_ms)",
             )
             .bind(&gate.name)
             .bind(&gate.version)
-            .bind(gate.revision as i64)
+            .bind(gate.said.unwrap_or(0) as i64)
+            .bind(gate.claimed as i64)
             .bind(gate.last_heard_at_ms)
+            .bind(gate.begins)
             .execute(&mut *tx)
             .await
             .map_err(fault)?;
@@ -212,6 +217,14 @@ impl FeedStore for SqliteStore {
         write_audit(&mut tx, &note, stamp).await?;
         tx.commit().await.map_err(fault)?;
         Ok(deleted.rows_affected() > 0)
+    }
+
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    fn news(&self) -> Option<mpsc::Receiver<News>> {
+        None
     }
 }
 

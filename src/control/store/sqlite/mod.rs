@@ -14,7 +14,7 @@ use sqlx::sqlite::{
 };
 use sqlx::{ConnectOptions as _, Connection as _, Sqlite, Transaction};
 
-use super::{Stamp, Store};
+use super::{MigrationState, Stamp, Store};
 use crate::control::model::{AuditNote, Fault};
 
 mod accounts;
@@ -44,10 +44,13 @@ impl SqliteStore {
         let (options, scratch) = options(url)?;
         let writer_options = options.clone().create_if_missing(true);
         let writer = pool(1).connect_with(writer_options).await.map_err(fault)?;
+        let mut connection = writer.acquire().await.map_err(fault)?;
+        // `run` is the same over any executor, and loses the compiler in its lifetimes.
         MIGRATIONS
-            .run(&writer)
+            .run_direct(None, &mut *connection, false)
             .await
             .map_err(|e| Fault::Unavailable(format!("the schema cannot be updated: {e}")))?;
+        drop(connection);
         let read_only = options.read_only(true);
         let readers = pool(READERS).connect_lazy_with(read_only.clone());
         // A million keys are read nearly twice as fast through a map of the file. It counts as the process's memory while
@@ -76,18 +79,10 @@ impl SqliteStore {
     }
 }
 
-/// Which migrations a database has, and which it lacks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MigrationState {
-    pub version: i64,
-    pub description: String,
-    pub applied: bool,
-}
-
 /// The state of every migration; of a database that does not exist, none is applied.
 pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, Fault> {
     let (options, _scratch) = options(url)?;
-    let applied = if options.get_filename().exists() {
+    let applied: Vec<i64> = if options.get_filename().exists() {
         // Not read-only: a database in WAL mode that nobody has open can then not be read, for want of its index file.
         let mut connection = options.connect().await.map_err(fault)?;
         let has_any =
@@ -107,14 +102,7 @@ pub async fn migration_states(url: &str) -> Result<Vec<MigrationState>, Fault> {
     } else {
         Vec::new()
     };
-    Ok(MIGRATIONS
-        .iter()
-        .map(|m| MigrationState {
-            version: m.version,
-            description: m.description.to_string(),
-            applied: applied.contains(&m.version),
-        })
-        .collect())
+    Ok(MigrationState::of(&MIGRATIONS, &applied))
 }
 
 /// Applies what is missing.
@@ -126,6 +114,17 @@ pub async fn migrate(url: &str) -> Result<(), Fault> {
         .await
         .map_err(|e| Fault::Unavailable(e.to_string()))?;
     connection.close().await.map_err(fault)
+}
+
+/// Connects to a database that is there already, and brings its schema up to date.
+pub(super) async fn connect_to_existing(url: &str) -> Result<SqliteConnection, Fault> {
+    let (options, _scratch) = options(url)?;
+    if !options.get_filename().exists() {
+        let message = format!("there is no database {}", options.get_filename().display());
+        return Err(Fault::Unavailable(message));
+    }
+    migrate(url).await?;
+    options.connect().await.map_err(fault)
 }
 
 /// Writes a consistent, compacted copy to `target`, which must not exist, while the database is in use.

@@ -6,7 +6,7 @@ use sqlx::SqliteConnection;
 use super::{SqliteStore, fault, write_audit};
 use crate::control::model::{AccessToken, AuditNote, Fault, Session, User};
 use crate::control::secret::Digest;
-use crate::control::store::{Credentials, EndSessions, NewSession, SessionStore, Stamp};
+use crate::control::store::{Credentials, EndSessions, MOST_SESSIONS, NewSession, SessionStore, Stamp};
 
 #[async_trait]
 impl SessionStore for SqliteStore {
@@ -347,6 +347,3 @@ fn token_note(action: &'static str, organization: &str, id: &str, name: &str) ->
         detail: serde_json::json!({ "name": name }),
     }
 }
-
-/// Sessions of one user: more than anybody has browsers.
-const MOST_SESSIONS: i64 = 50;

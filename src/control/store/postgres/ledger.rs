@@ -1,0 +1,253 @@
+//! The ledger: batches in, totals out.
+
+use async_trait::async_trait;
+use sqlx::{PgConnection, Postgres, QueryBuilder};
+
+use super::retry::{Attempt, retry};
+use super::{PostgresStore, commit, is_nowhere};
+use crate::control::model::Fault;
+use crate::control::store::{LedgerStore, UsageQuery, UsageRow, UsageRows};
+use crate::wire::{LastUsed, UsageBatch};
+
+#[async_trait]
+impl LedgerStore for PostgresStore {
+    async fn apply_usage(&self, batch: &UsageBatch, now_ms: i64) -> Result<bool, Fault> {
+        // Apart from the batch and before it: they may be applied any number of times, since a time only moves forward,
+        // and a key's row is not locked for as long as a whole batch takes, while a revocation would wait for it.
+        for last_used in batch.last_used.chunks(LAST_USES_AT_ONCE) {
+            retry(|| self.try_apply_last_used(last_used)).await?;
+        }
+        retry(|| self.try_apply_usage(batch, now_ms)).await
+    }
+
+    async fn usage(&self, query: &UsageQuery) -> Result<UsageRows, Fault> {
+        let asked = [&query.key, &query.tier, &query.environment];
+        if is_nowhere(&asked.map(|text| text.as_deref())) || is_nowhere(&[Some(&query.organization)]) {
+            return Ok(UsageRows::default());
+        }
+        retry(|| self.try_usage(query)).await
+    }
+}
+
+impl PostgresStore {
+    async fn try_apply_usage(&self, batch: &UsageBatch, now_ms: i64) -> Attempt<bool> {
+        let mut tx = self.begin().await?;
+        if !mark_applied(&mut tx, batch, now_ms).await? {
+            return Ok(false);
+        }
+        // Whole lists at once, each row once, in the order of the primary key, so that two batches that meet in the same
+        // rows wait for each other instead of each holding what the other wants. A key that is unknown here (a static key
+        // file, another installation) is kept under no organisation, so that the sum stays exact.
+        let permits = &batch.permits;
+        sqlx::query(
+            "INSERT INTO usage_minutes (organization_id, minute, key_id, tier, environment, permits)
+             SELECT coalesce(k.organization_id, ''), used.minute, used.key, used.tier, used.environment,
+                    sum(used.count)::bigint
+             FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[])
+                      AS used (key, tier, environment, minute, count) LEFT JOIN keys AS k ON k.id = used.key
+             GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5
+             ON CONFLICT (organization_id, minute, key_id, tier, environment)
+                 DO UPDATE SET permits = usage_minutes.permits + excluded.permits",
+        )
+        .bind(permits.iter().map(|permit| permit.key.as_str()).collect::<Vec<_>>())
+        .bind(permits.iter().map(|permit| permit.tier.as_str()).collect::<Vec<_>>())
+        .bind(
+            permits
+                .iter()
+                .map(|permit| permit.environment.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(permits.iter().map(|permit| permit.minute).collect::<Vec<_>>())
+        .bind(permits.iter().map(|permit| permit.count as i64).collect::<Vec<_>>())
+        .execute(&mut *tx)
+        .await?;
+        let refusals = &batch.refusals;
+        sqlx::query(
+            "INSERT INTO refusal_minutes (organization_id, minute, key_id, tier, environment, code, refusals)
+             SELECT coalesce(k.organization_id, ''), told.minute, told.key, told.tier, told.environment, told.code,
+                    sum(told.count)::bigint
+             FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[])
+                      AS told (key, tier, environment, code, minute, count) LEFT JOIN keys AS k ON k.id = told.key
+             GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6
+             ON CONFLICT (organization_id, minute, key_id, tier, environment, code)
+                 DO UPDATE SET refusals = refusal_minutes.refusals + excluded.refusals",
+        )
+        .bind(
+            refusals
+                .iter()
+                .map(|refusal| refusal.key.as_deref().unwrap_or_default())
+                .collect::<Vec<_>>(),
+        )
+        .bind(refusals.iter().map(|refusal| refusal.tier.as_str()).collect::<Vec<_>>())
+        .bind(
+            refusals
+                .iter()
+                .map(|refusal| refusal.environment.as_deref().unwrap_or_default())
+                .collect::<Vec<_>>(),
+        )
+        .bind(refusals.iter().map(|refusal| refusal.code.as_str()).collect::<Vec<_>>())
+        .bind(refusals.iter().map(|refusal| refusal.minute).collect::<Vec<_>>())
+        .bind(refusals.iter().map(|refusal| refusal.count as i64).collect::<Vec<_>>())
+        .execute(&mut *tx)
+        .await?;
+        commit(tx).await?;
+        Ok(true)
+    }
+
+    async fn try_apply_last_used(&self, last_used: &[LastUsed]) -> Attempt<()> {
+        let keys: Vec<&str> = last_used.iter().map(|used| used.key.as_str()).collect();
+        let secrets: Vec<String> = last_used.iter().map(|used| used.secret.to_ascii_lowercase()).collect();
+        let times: Vec<i64> = last_used.iter().map(|used| used.at_ms).collect();
+        let mut tx = self.begin().await?;
+        // An UPDATE locks in whatever order its plan has; this one locks in the order of ids.
+        sqlx::query("SELECT 1 FROM keys WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE")
+            .bind(&keys)
+            .execute(&mut *tx)
+            .await?;
+        sqlx::query(
+            "UPDATE keys SET last_used_at_ms = used.at_ms
+             FROM (SELECT key, max(at_ms) AS at_ms FROM unnest($1::text[], $2::bigint[]) AS each (key, at_ms)
+                   GROUP BY key) AS used
+             WHERE keys.id = used.key AND coalesce(keys.last_used_at_ms, 0) < used.at_ms",
+        )
+        .bind(&keys)
+        .bind(&times)
+        .execute(&mut *tx)
+        .await?;
+        sqlx::query(
+            "UPDATE key_secrets SET last_used_at_ms = used.at_ms
+             FROM (SELECT key, secret, max(at_ms) AS at_ms
+                   FROM unnest($1::text[], $2::text[], $3::bigint[]) AS each (key, secret, at_ms)
+                   GROUP BY key, secret) AS used
+             WHERE key_secrets.key_id = used.key AND encode(substring(key_secrets.digest FOR 8), 'hex') = used.secret
+                   AND coalesce(key_secrets.last_used_at_ms, 0) < used.at_ms",
+        )
+        .bind(&keys)
+        .bind(&secrets)
+        .bind(&times)
+        .execute(&mut *tx)
+        .await?;
+        commit(tx).await
+    }
+
+    async fn try_usage(&self, query: &UsageQuery) -> Attempt<UsageRows> {
+        let mut tx = self.begin_reading().await?;
+        let permits: Vec<Row> = select(query, "usage_minutes", "permits", "''::text")
+            .build_query_as()
+            .fetch_all(&mut *tx)
+            .await?;
+        let refusals: Vec<Row> = select(query, "refusal_minutes", "refusals", "code")
+            .build_query_as()
+            .fetch_all(&mut *tx)
+            .await?;
+        Ok(UsageRows {
+            permits: permits.into_iter().map(|row| row.into_parts().0).collect(),
+            refusals: refusals.into_iter().map(Row::into_parts).collect(),
+        })
+    }
+}
+
+/// Marks a batch as applied; answers whether it was not before. The run's row is locked until the commit, so a batch
+/// that reaches two processes at once waits in one of them and is then found applied.
+async fn mark_applied(tx: &mut PgConnection, batch: &UsageBatch, now_ms: i64) -> Attempt<bool> {
+    let sequence = i64::try_from(batch.sequence).unwrap_or(i64::MAX);
+    let through: i64 = sqlx::query_scalar(
+        "INSERT INTO usage_runs (gate, run, applied_through, last_at_ms) VALUES ($1, $2, 0, $3)
+         ON CONFLICT (gate, run) DO UPDATE SET last_at_ms = excluded.last_at_ms RETURNING applied_through",
+    )
+    .bind(&batch.gate)
+    .bind(&batch.run)
+    .bind(now_ms)
+    .fetch_one(&mut *tx)
+    .await?;
+    if sequence <= through {
+        return Ok(false);
+    }
+    let inserted =
+        sqlx::query("INSERT INTO usage_overtaken (gate, run, sequence) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING")
+            .bind(&batch.gate)
+            .bind(&batch.run)
+            .bind(sequence)
+            .execute(&mut *tx)
+            .await?;
+    if inserted.rows_affected() == 0 {
+        return Ok(false);
+    }
+    let waiting: Vec<i64> =
+        sqlx::query_scalar("SELECT sequence FROM usage_overtaken WHERE gate = $1 AND run = $2 ORDER BY sequence")
+            .bind(&batch.gate)
+            .bind(&batch.run)
+            .fetch_all(&mut *tx)
+            .await?;
+    let through = waiting.into_iter().fold(
+        through,
+        |through, next| if next == through + 1 { next } else { through },
+    );
+    sqlx::query("UPDATE usage_runs SET applied_through = $3 WHERE gate = $1 AND run = $2")
+        .bind(&batch.gate)
+        .bind(&batch.run)
+        .bind(through)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query("DELETE FROM usage_overtaken WHERE gate = $1 AND run = $2 AND sequence <= $3")
+        .bind(&batch.gate)
+        .bind(&batch.run)
+        .bind(through)
+        .execute(&mut *tx)
+        .await?;
+    Ok(true)
+}
+
+#[derive(sqlx::FromRow)]
+struct Row {
+    bucket: i64,
+    key: String,
+    tier: String,
+    environment: String,
+    code: String,
+    total: i64,
+}
+
+impl Row {
+    fn into_parts(self) -> (UsageRow, String) {
+        let row = UsageRow {
+            minute: self.bucket,
+            key: self.key,
+            tier: self.tier,
+            environment: self.environment,
+            count: self.total as u64,
+        };
+        (row, self.code)
+    }
+}
+
+fn select(query: &UsageQuery, table: &str, column: &str, code: &str) -> QueryBuilder<Postgres> {
+    let key = if query.by_key { "key_id" } else { "''::text" };
+    let tier = if query.by_tier { "tier" } else { "''::text" };
+    let mut sql = QueryBuilder::new("SELECT minute - minute % ");
+    sql.push_bind(query.bucket_minutes);
+    sql.push(format!(
+        " AS bucket, {key} AS key, {tier} AS tier, environment, {code} AS code, sum({column})::bigint AS total"
+    ));
+    sql.push(format!(" FROM {table} WHERE organization_id = "))
+        .push_bind(query.organization.clone());
+    sql.push(" AND minute >= ")
+        .push_bind(query.from_minute)
+        .push(" AND minute < ")
+        .push_bind(query.to_minute);
+    for (name, value) in [
+        ("key_id", &query.key),
+        ("tier", &query.tier),
+        ("environment", &query.environment),
+    ] {
+        if let Some(value) = value {
+            sql.push(format!(" AND {name} = ")).push_bind(value.clone());
+        }
+    }
+    sql.push(" GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4, 5 LIMIT ")
+        .push_bind(i64::from(query.limit) + 1);
+    sql
+}
+
+/// Short enough that nobody notices to have waited for these rows.
+const LAST_USES_AT_ONCE: usize = 500;
