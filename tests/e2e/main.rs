@@ -7,6 +7,7 @@ mod harness;
 mod life;
 mod limits;
 mod metrics;
+mod operator;
 mod origin;
 mod readme;
 mod rotation;

@@ -1,8 +1,8 @@
-//! Metrics, rules and dashboards; what `/livez`, `/readyz` and `/status` say; log levels; trace contexts.
+//! Metrics, and the rules and the dashboard that use them.
 
-use crate::alone::{GateAlone, Samples, tollgate};
+use crate::alone::{GateAlone, Samples};
 use crate::certificates::Authority;
-use crate::harness::{PATIENCE, Process, Tollgate, client, data, reached, standing_upstream, until};
+use crate::harness::{PATIENCE, Process, Tollgate, client, data, standing_upstream, until};
 use crate::origin::{Manner, Origin};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -12,10 +12,14 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// What can have one value only, and why: it is looked at, but does not move.
+/// Metrics of counts that are shared between gates take a store; the tests that have one look at them.
+const OF_A_CLUSTER: &str = "tollgate_cluster_";
+
+/// What can have one value only: it is looked at, but does not move.
 const CONSTANT: [&str; 3] = ["tollgate_build_info", "process_start_time_seconds", "process_max_fds"];
 
 fn promtool(args: &[&str], input: &str) -> (bool, String) {
@@ -127,6 +131,7 @@ fn rules_and_dashboard_name_metrics_that_exist() {
     let unseen: Vec<_> = known
         .iter()
         .filter(|name| !named.contains(**name) && !CONSTANT.contains(*name))
+        .filter(|name| !name.starts_with(OF_A_CLUSTER))
         .collect();
     assert!(unseen.is_empty(), "{unseen:?} are in no rule and on no panel");
 }
@@ -167,14 +172,15 @@ impl Seen {
     }
 }
 
-struct Running {
+/// `tollgate run` in a directory of the test.
+pub struct Running {
     _process: Process,
-    admin: String,
+    pub admin: String,
     address: String,
     log: std::path::PathBuf,
 }
 
-fn start(dir: &Path, name: &str, role: &str, text: &str) -> Running {
+pub fn start(dir: &Path, name: &str, role: &str, text: &str) -> Running {
     let config = dir.join(format!("{name}.yaml"));
     std::fs::write(&config, text).unwrap();
     let log = dir.join(format!("{name}.log"));
@@ -400,6 +406,14 @@ async fn every_metric_of_the_reference_page_exists_and_moves() {
             && samples.get("tollgate_usage_unsent_bytes").unwrap() > 0.0
     })
     .await;
+    // In its place, for a moment, something that sends a key which stands in no header field.
+    let odd = tokio::spawn(odd_feed(control_port));
+    eventually("a key that is left out", &mut seen, "edge", &edge, |samples| {
+        samples.get("tollgate_feed_unusable_keys_total").unwrap() > 0.0
+    })
+    .await;
+    odd.abort();
+    assert!(odd.await.unwrap_err().is_cancelled());
     std::fs::remove_file(at("control/run/control.addr")).unwrap();
     std::fs::remove_file(at("control/run/admin.addr")).unwrap();
     let control = start(dir.path(), "control", "control", &control_text("second.db"));
@@ -419,19 +433,20 @@ async fn every_metric_of_the_reference_page_exists_and_moves() {
     seen.look("alone", &alone.client, &alone.admin).await;
     let keys = alone.path().join("keys.ndjson");
     let good = std::fs::read_to_string(&keys).unwrap();
-    let line = tollgate(&["keys", "hash"], &tollgate(&["keys", "new"], ""));
-    let mut unusable: Value = serde_json::from_str(&line).unwrap();
-    unusable["organization"] = "in no\nheader field".into();
-    for (bad, metric) in [
-        (unusable.to_string(), "tollgate_feed_unusable_keys_total"),
-        ("garbage\n".to_owned(), "tollgate_feed_refused_total"),
-    ] {
-        std::fs::write(&keys, format!("{good}{bad}")).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        while seen.look("alone", &alone.client, &alone.admin).await.get(metric) != Some(1.0) {
-            assert!(Instant::now() < deadline, "{metric} does not move: {}", alone.log());
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+    std::fs::write(&keys, format!("{good}garbage\n")).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while seen
+        .look("alone", &alone.client, &alone.admin)
+        .await
+        .get("tollgate_feed_refused_total")
+        != Some(1.0)
+    {
+        assert!(
+            Instant::now() < deadline,
+            "the damaged file is not refused: {}",
+            alone.log()
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 
     // Everything that was promised was there, with its labels, and moved; and nothing else.
@@ -440,7 +455,7 @@ async fn every_metric_of_the_reference_page_exists_and_moves() {
         .map(|(name, labels)| (name, labels.iter().copied().collect()))
         .collect();
     let page = std::fs::read_to_string(Path::new(ROOT).join("src/manual/metrics.md")).unwrap();
-    for (name, labels) in &promised {
+    for (name, labels) in promised.iter().filter(|(name, _)| !name.starts_with(OF_A_CLUSTER)) {
         assert!(page.contains(&format!("| `{name}` |")), "{name} is not in the manual");
         let values = seen
             .values
@@ -461,6 +476,33 @@ async fn every_metric_of_the_reference_page_exists_and_moves() {
         .filter(|name| !promised.contains_key(name.as_str()))
         .collect();
     assert!(unknown.is_empty(), "{unknown:?} are described nowhere");
+}
+
+/// A feed that goes on from whatever revision a gate has, with one key of a strange organisation.
+async fn odd_feed(port: u16) {
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        connections.spawn(async move {
+            let mut stream = BufReader::new(stream);
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") && stream.read_line(&mut head).await.unwrap() > 0 {}
+            let after = head.split_once("/feed/v1/keys?after=").map(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next());
+            let Some(Some(after)) = after else {
+                let refused = b"HTTP/1.1 404 X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                return stream.write_all(refused).await.unwrap();
+            };
+            let line = json!({
+                "type": "key", "revision": after.parse::<u64>().unwrap() + 1, "id": "key_odd", "organization": "in no\nheader field",
+                "environment": "live", "scopes": [], "plan": "starter", "secrets": [{"sha256": "ab".repeat(32)}],
+                "expires_at": null, "disabled": false, "revoked": false,
+            });
+            let answer = format!("HTTP/1.1 200 OK\r\ncontent-type: application/x-ndjson\r\n\r\n{line}\n");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            std::future::pending().await
+        });
+    }
 }
 
 struct Account {
@@ -537,132 +579,4 @@ async fn prometheus_gets_what_it_asks_for_and_promtool_finds_no_fault() {
         open.ends_with("# EOF\n") && open.contains("# TYPE tollgate_requests counter"),
         "{open}"
     );
-}
-
-#[tokio::test]
-async fn what_the_operator_s_listener_says_is_true() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("feed.token"), "a-feed-token-for-tests").unwrap();
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let gate = start(
-        dir.path(),
-        "edge",
-        "gate",
-        &format!(
-            "version: 1\ngate:\n  listen: [{{address: \"127.0.0.1:0\"}}]\n  state_dir: edge\n  feed: {{url: \"http://{nobody}\", token_file: feed.token}}\n\
-             tiers: {{default: {{limit: 5, window: 1h}}}}\nupstreams: {{one: {{servers: [\"{nobody}\"]}}}}\nadmin: {{listen: \"127.0.0.1:0\"}}\n"
-        ),
-    );
-    let get = async |path: &str| {
-        let response = client().get(format!("{}{path}", gate.admin)).send().await.unwrap();
-        (response.status().as_u16(), response.text().await.unwrap())
-    };
-    assert_eq!(get("/livez").await, (200, "ok\n".to_owned()), "it lives");
-    assert_eq!(
-        get("/readyz").await,
-        (503, "not ready: no snapshot of the keys, or one too old\n".to_owned())
-    );
-    let status: Value = serde_json::from_str(&get("/status").await.1).unwrap();
-    let of_gate = &status["gate"];
-    assert_eq!(
-        (&of_gate["ready"], &of_gate["feed"]["connected"]),
-        (&json!(false), &json!(false)),
-        "{status}"
-    );
-    let healthcheck = Command::new(env!("CARGO_BIN_EXE_tollgate"))
-        .args(["healthcheck", "--admin", &gate.admin])
-        .output()
-        .unwrap();
-    assert_eq!(healthcheck.status.code(), Some(1));
-    let (code, said) = get("/nonsense").await;
-    assert!(
-        code == 404 && said.contains("GET /metrics, /livez, /readyz, /status and POST /reload"),
-        "{said}"
-    );
-
-    let ready = GateAlone::start(&format!("one: {{servers: [\"{}\"]}}", standing_upstream().await)).await;
-    let status: Value = ready
-        .client
-        .get(format!("{}/status", ready.admin))
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
-    let of_gate = &status["gate"];
-    assert_eq!(
-        (&of_gate["ready"], &of_gate["keys"], &of_gate["name"]),
-        (&json!(true), &json!(1), &json!("alone")),
-        "{status}"
-    );
-    let healthcheck = Command::new(env!("CARGO_BIN_EXE_tollgate"))
-        .args(["healthcheck", "--admin", &ready.admin])
-        .output()
-        .unwrap();
-    assert_eq!(healthcheck.status.code(), Some(0));
-}
-
-#[tokio::test]
-async fn the_log_s_level_changes_with_a_reload() {
-    let dir = tempfile::tempdir().unwrap();
-    Authority::new("Ours").issue(dir.path(), "front", &["localhost"]);
-    let upstreams = format!("one: {{servers: [\"{}\"]}}", standing_upstream().await);
-    let listen = "  listen: [{address: \"127.0.0.1:0\", tls: {cert: front.crt, key: front.key}}]\n";
-    let log = |level: &str| format!("log: {{level: {level}, access: off}}\n");
-    let gate = GateAlone::start_in(dir, &upstreams, listen, &log("info")).await;
-    let address = gate.url.trim_start_matches("http://").to_owned();
-    let mut failed = 0.0;
-    let mut fail_a_handshake = async || {
-        std::net::TcpStream::connect(&address)
-            .unwrap()
-            .write_all(b"this is no TLS\r\n\r\n")
-            .unwrap();
-        failed += 1.0;
-        gate.until_metric("tollgate_handshakes_failed_total", failed).await;
-        gate.log().matches(" DEBUG the handshake of ").count()
-    };
-    assert_eq!(fail_a_handshake().await, 0);
-    assert_eq!(gate.reload_with(&upstreams, listen, &log("debug")).await.0, 200);
-    // Counted before it is logged, by a hair.
-    assert!(fail_a_handshake().await <= 1);
-    until(
-        || (gate.log().matches(" DEBUG the handshake of ").count() == 1).then_some(()),
-        || gate.log(),
-    );
-    assert_eq!(gate.reload_with(&upstreams, listen, &log("warn")).await.0, 200);
-    assert_eq!(fail_a_handshake().await, 1);
-}
-
-#[tokio::test]
-async fn a_trace_context_passes_and_is_logged() {
-    let tollgate = Tollgate::start().await;
-    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    let request = tollgate.get("/api/v1/identity/me").header("x-api-key", &tollgate.key);
-    let request = request
-        .header("traceparent", trace)
-        .header("tracestate", "vendor=1")
-        .header("x-request-id", "traced-1");
-    let headers = reached(request.send().await.unwrap()).await;
-    for (name, value) in [("traceparent", trace), ("tracestate", "vendor=1")] {
-        assert!(
-            headers.contains(&(name.to_owned(), value.to_owned())),
-            "{name}: {headers:?}"
-        );
-    }
-    let line = until(
-        || {
-            tollgate
-                .output()
-                .lines()
-                .find(|line| line.contains("traced-1"))
-                .map(str::to_owned)
-        },
-        || tollgate.output(),
-    );
-    let line: Value = serde_json::from_str(&line).unwrap();
-    assert_eq!(line["traceparent"], trace, "{line}");
 }
