@@ -6,7 +6,8 @@ use serde_json::json;
 use tollgate::control::model::{
     Actor, ApiKey, AuditNote, Caller, Fault, KeySecret, Organization, Origin, Session, User,
 };
-use tollgate::control::store::{self, NewAccount, NewSession, Stamp, Store, Written};
+use tollgate::control::store::{self, AuditQuery, Changes, NewAccount, NewSession, Stamp, Store, UsageQuery, Written};
+use tollgate::wire::FeedLine;
 
 /// A store, and how to open another one on the same database.
 #[derive(Clone)]
@@ -156,5 +157,48 @@ pub fn done(written: Written) -> ApiKey {
     match written {
         Written::Done(key) => *key,
         Written::Replayed(outcome) => panic!("replayed: {outcome}"),
+    }
+}
+
+/// The lines after a revision, and how far they reach.
+pub async fn changes(store: &dyn Store, after: u64) -> (Vec<FeedLine>, u64) {
+    match store.feed_changes(after, 1_000).await.unwrap() {
+        Changes::Lines { text, through } => {
+            let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+            (lines.collect(), through)
+        }
+        Changes::Resync => panic!("a resync after {after}"),
+    }
+}
+
+pub fn revision(line: &FeedLine) -> u64 {
+    match line {
+        FeedLine::Key(key) => key.revision,
+        FeedLine::Gone { revision, .. } => *revision,
+        other => panic!("not a change: {other:?}"),
+    }
+}
+
+/// The newest hundred lines.
+pub fn all_audit() -> AuditQuery {
+    AuditQuery {
+        limit: 100,
+        ..AuditQuery::default()
+    }
+}
+
+/// Everything of `org_acme`, by the hour.
+pub fn usage_query() -> UsageQuery {
+    UsageQuery {
+        organization: "org_acme".into(),
+        from_minute: 0,
+        to_minute: 1_000,
+        bucket_minutes: 60,
+        by_key: false,
+        by_tier: false,
+        key: None,
+        tier: None,
+        environment: None,
+        limit: 100,
     }
 }

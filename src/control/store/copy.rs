@@ -11,9 +11,12 @@ use sha2::{Digest as _, Sha256};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _, SqliteConnection};
 
+use self::tables::TABLES;
 use super::{postgres, sqlite};
 use crate::control::model::Fault;
 use crate::control::secret::hex;
+
+mod tables;
 
 /// How far a copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -338,200 +341,6 @@ fn refused(why: impl Into<String>) -> Fault {
 const PIECE_BYTES: usize = 256 * 1024;
 const ROWS_BETWEEN_REPORTS: u64 = 1_000;
 
-/// Every table, those that others point to first. `gates.process` is not copied: it names processes that have ended.
-const TABLES: &[Table] = &[
-    Table {
-        name: "organizations",
-        columns: &[("id", Text), ("name", Text), ("plan", Text), ("created_at_ms", Number)],
-        order: &["id"],
-    },
-    Table {
-        name: "users",
-        columns: &[
-            ("id", Text),
-            ("organization_id", Text),
-            ("email", Text),
-            ("password_hash", Text),
-            ("created_at_ms", Number),
-        ],
-        order: &["id"],
-    },
-    Table {
-        name: "invitations",
-        columns: &[
-            ("id", Text),
-            ("digest", Bytes),
-            ("note", Text),
-            ("created_at_ms", Number),
-            ("expires_at_ms", Number),
-            ("used_at_ms", Number),
-            ("used_by", Text),
-        ],
-        order: &["id"],
-    },
-    Table {
-        name: "sessions",
-        columns: &[
-            ("id", Text),
-            ("digest", Bytes),
-            ("user_id", Text),
-            ("created_at_ms", Number),
-            ("last_used_at_ms", Number),
-            ("expires_at_ms", Number),
-            ("address", Text),
-            ("user_agent", Text),
-        ],
-        order: &["id"],
-    },
-    Table {
-        name: "tokens",
-        columns: &[
-            ("id", Text),
-            ("organization_id", Text),
-            ("name", Text),
-            ("digest", Bytes),
-            ("last_four", Text),
-            ("created_at_ms", Number),
-            ("expires_at_ms", Number),
-            ("last_used_at_ms", Number),
-        ],
-        order: &["id"],
-    },
-    Table {
-        name: "keys",
-        columns: &[
-            ("id", Text),
-            ("organization_id", Text),
-            ("name", Text),
-            ("environment", Text),
-            ("prefix", Text),
-            ("scopes", Texts),
-            ("created_at_ms", Number),
-            ("expires_at_ms", Number),
-            ("disabled", Truth),
-            ("revoked_at_ms", Number),
-            ("last_used_at_ms", Number),
-            ("revision", Number),
-        ],
-        order: &["id"],
-    },
-    Table {
-        name: "key_secrets",
-        columns: &[
-            ("serial", Number),
-            ("key_id", Text),
-            ("digest", Bytes),
-            ("last_four", Text),
-            ("created_at_ms", Number),
-            ("not_after_ms", Number),
-            ("last_used_at_ms", Number),
-        ],
-        order: &["serial"],
-    },
-    Table {
-        name: "feed_state",
-        columns: &[("one", Truth), ("revision", Number), ("oldest", Number)],
-        order: &["one"],
-    },
-    Table {
-        name: "feed_lines",
-        columns: &[("revision", Number), ("key_id", Text), ("line", Text)],
-        order: &["revision"],
-    },
-    Table {
-        name: "feed_gone",
-        columns: &[("revision", Number), ("key_id", Text), ("gone_at_ms", Number)],
-        order: &["revision"],
-    },
-    Table {
-        name: "gates",
-        columns: &[
-            ("name", Text),
-            ("version", Text),
-            ("revision", Number),
-            ("claimed", Number),
-            ("last_heard_at_ms", Number),
-        ],
-        order: &["name"],
-    },
-    Table {
-        name: "usage_minutes",
-        columns: &[
-            ("organization_id", Text),
-            ("minute", Number),
-            ("key_id", Text),
-            ("tier", Text),
-            ("environment", Text),
-            ("permits", Number),
-        ],
-        order: &["organization_id", "minute", "key_id", "tier", "environment"],
-    },
-    Table {
-        name: "refusal_minutes",
-        columns: &[
-            ("organization_id", Text),
-            ("minute", Number),
-            ("key_id", Text),
-            ("tier", Text),
-            ("environment", Text),
-            ("code", Text),
-            ("refusals", Number),
-        ],
-        order: &["organization_id", "minute", "key_id", "tier", "environment", "code"],
-    },
-    Table {
-        name: "usage_runs",
-        columns: &[
-            ("gate", Text),
-            ("run", Text),
-            ("applied_through", Number),
-            ("last_at_ms", Number),
-        ],
-        order: &["gate", "run"],
-    },
-    Table {
-        name: "usage_overtaken",
-        columns: &[("gate", Text), ("run", Text), ("sequence", Number)],
-        order: &["gate", "run", "sequence"],
-    },
-    Table {
-        name: "audit",
-        columns: &[
-            ("serial", Number),
-            ("at_ms", Number),
-            ("organization_id", Text),
-            ("actor_kind", Text),
-            ("actor_id", Text),
-            ("actor_name", Text),
-            ("action", Text),
-            ("target_kind", Text),
-            ("target_id", Text),
-            ("detail", Json),
-            ("address", Text),
-            ("user_agent", Text),
-            ("request_id", Text),
-        ],
-        order: &["serial"],
-    },
-    Table {
-        name: "idempotency",
-        columns: &[
-            ("organization_id", Text),
-            ("operation", Text),
-            ("idempotency_key", Text),
-            ("fingerprint", Bytes),
-            ("outcome", Text),
-            ("created_at_ms", Number),
-        ],
-        order: &["organization_id", "operation", "idempotency_key"],
-    },
-    Table {
-        name: "facts",
-        columns: &[("name", Text), ("value", Text)],
-        order: &["name"],
-    },
-];
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -552,7 +361,7 @@ mod tests {
         let mut source = sqlite::connect_to_existing(&url).await.expect("a connection");
         let found: Vec<(String, String)> = sqlx::query_as(
             "SELECT t.name, c.name FROM pragma_table_list AS t JOIN pragma_table_info(t.name) AS c
-             WHERE t.schema = 'main' AND t.name NOT LIKE 'sqlite_%' AND t.name NOT LIKE '_sqlx_%' ORDER BY t.name, c.cid",
+             WHERE t.schema = 'main' AND t.name NOT LIKE 'sqlite_%' AND t.name NOT LIKE '_sqlx_%' ORDER BY t.name, c.name",
         )
         .fetch_all(&mut source)
         .await
@@ -566,7 +375,7 @@ mod tests {
                     .map(|(column, _)| (table.name.to_owned(), (*column).to_owned()))
             })
             .collect();
-        listed.sort_by(|left, right| left.0.cmp(&right.0));
+        listed.sort();
         assert_eq!(listed, found);
     }
 }

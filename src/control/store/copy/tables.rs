@@ -1,0 +1,198 @@
+//! What is copied: the tables, which are the same on both sides.
+
+use super::Kind::{Bytes, Json, Number, Text, Texts, Truth};
+use super::Table;
+
+/// Every table, those that others point to first. `gates.process` is not copied: it names processes that have ended.
+pub(super) const TABLES: &[Table] = &[
+    Table {
+        name: "organizations",
+        columns: &[("id", Text), ("name", Text), ("plan", Text), ("created_at_ms", Number)],
+        order: &["id"],
+    },
+    Table {
+        name: "users",
+        columns: &[
+            ("id", Text),
+            ("organization_id", Text),
+            ("email", Text),
+            ("password_hash", Text),
+            ("created_at_ms", Number),
+        ],
+        order: &["id"],
+    },
+    Table {
+        name: "invitations",
+        columns: &[
+            ("id", Text),
+            ("digest", Bytes),
+            ("note", Text),
+            ("created_at_ms", Number),
+            ("expires_at_ms", Number),
+            ("used_at_ms", Number),
+            ("used_by", Text),
+        ],
+        order: &["id"],
+    },
+    Table {
+        name: "sessions",
+        columns: &[
+            ("id", Text),
+            ("digest", Bytes),
+            ("user_id", Text),
+            ("created_at_ms", Number),
+            ("last_used_at_ms", Number),
+            ("expires_at_ms", Number),
+            ("address", Text),
+            ("user_agent", Text),
+        ],
+        order: &["id"],
+    },
+    Table {
+        name: "tokens",
+        columns: &[
+            ("id", Text),
+            ("organization_id", Text),
+            ("name", Text),
+            ("digest", Bytes),
+            ("last_four", Text),
+            ("created_at_ms", Number),
+            ("expires_at_ms", Number),
+            ("last_used_at_ms", Number),
+        ],
+        order: &["id"],
+    },
+    Table {
+        name: "keys",
+        columns: &[
+            ("id", Text),
+            ("organization_id", Text),
+            ("name", Text),
+            ("environment", Text),
+            ("prefix", Text),
+            ("scopes", Texts),
+            ("created_at_ms", Number),
+            ("expires_at_ms", Number),
+            ("disabled", Truth),
+            ("revoked_at_ms", Number),
+            ("last_used_at_ms", Number),
+            ("revision", Number),
+        ],
+        order: &["id"],
+    },
+    Table {
+        name: "key_secrets",
+        columns: &[
+            ("serial", Number),
+            ("key_id", Text),
+            ("digest", Bytes),
+            ("last_four", Text),
+            ("created_at_ms", Number),
+            ("not_after_ms", Number),
+            ("last_used_at_ms", Number),
+        ],
+        order: &["serial"],
+    },
+    Table {
+        name: "feed_state",
+        columns: &[("one", Truth), ("revision", Number), ("oldest", Number)],
+        order: &["one"],
+    },
+    Table {
+        name: "feed_lines",
+        columns: &[("revision", Number), ("key_id", Text), ("line", Text)],
+        order: &["revision"],
+    },
+    Table {
+        name: "feed_gone",
+        columns: &[("revision", Number), ("key_id", Text), ("gone_at_ms", Number)],
+        order: &["revision"],
+    },
+    Table {
+        name: "gates",
+        columns: &[
+            ("name", Text),
+            ("version", Text),
+            ("revision", Number),
+            ("claimed", Number),
+            ("last_heard_at_ms", Number),
+        ],
+        order: &["name"],
+    },
+    Table {
+        name: "usage_minutes",
+        columns: &[
+            ("organization_id", Text),
+            ("minute", Number),
+            ("key_id", Text),
+            ("tier", Text),
+            ("environment", Text),
+            ("permits", Number),
+        ],
+        order: &["organization_id", "minute", "key_id", "tier", "environment"],
+    },
+    Table {
+        name: "refusal_minutes",
+        columns: &[
+            ("organization_id", Text),
+            ("minute", Number),
+            ("key_id", Text),
+            ("tier", Text),
+            ("environment", Text),
+            ("code", Text),
+            ("refusals", Number),
+        ],
+        order: &["organization_id", "minute", "key_id", "tier", "environment", "code"],
+    },
+    Table {
+        name: "usage_runs",
+        columns: &[
+            ("gate", Text),
+            ("run", Text),
+            ("applied_through", Number),
+            ("last_at_ms", Number),
+        ],
+        order: &["gate", "run"],
+    },
+    Table {
+        name: "usage_overtaken",
+        columns: &[("gate", Text), ("run", Text), ("sequence", Number)],
+        order: &["gate", "run", "sequence"],
+    },
+    Table {
+        name: "audit",
+        columns: &[
+            ("serial", Number),
+            ("at_ms", Number),
+            ("organization_id", Text),
+            ("actor_kind", Text),
+            ("actor_id", Text),
+            ("actor_name", Text),
+            ("action", Text),
+            ("target_kind", Text),
+            ("target_id", Text),
+            ("detail", Json),
+            ("address", Text),
+            ("user_agent", Text),
+            ("request_id", Text),
+        ],
+        order: &["serial"],
+    },
+    Table {
+        name: "idempotency",
+        columns: &[
+            ("organization_id", Text),
+            ("operation", Text),
+            ("idempotency_key", Text),
+            ("fingerprint", Bytes),
+            ("outcome", Text),
+            ("created_at_ms", Number),
+        ],
+        order: &["organization_id", "operation", "idempotency_key"],
+    },
+    Table {
+        name: "facts",
+        columns: &[("name", Text), ("value", Text)],
+        order: &["name"],
+    },
+];
