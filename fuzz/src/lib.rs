@@ -317,12 +317,12 @@ pub fn config(data: &[u8]) {
 pub fn feed_lines(data: &[u8]) {
     let _ = feed::parse::Line::parse(data);
     let lines = |size: usize| {
-        let mut splitter = feed::parse::LineSplitter::default();
+        let mut splitter = feed::lines::LineSplitter::default();
         let mut lines: Vec<Vec<u8>> = Vec::new();
         for chunk in data.chunks(size) {
             let pushed = splitter.push(chunk, &mut |line: &[u8]| {
                 lines.push(line.to_vec());
-                Ok::<(), feed::parse::LineTooLong>(())
+                Ok::<(), feed::lines::LineTooLong>(())
             });
             if pushed.is_err() {
                 return None;

@@ -23,7 +23,19 @@ use super::model::Fault;
 use super::store::{Changes, SnapshotReader};
 use crate::wire::FeedLine;
 
-/// Answers a gate with a stream that does not end by itself.
+/// Follow the keys.
+///
+/// Newline-delimited JSON that does not end by itself: a snapshot where `after` is absent or too old, then every change as
+/// it happens, and a heartbeat every five seconds. Compressed with zstd if accepted.
+#[utoipa::path(
+    get, path = "/feed/v1/keys", tag = "Feed", operation_id = "followKeys",
+    params(
+        ("after" = Option<u64>, Query, description = "The revision that the gate has.", minimum = 0),
+        ("gate" = Option<String>, Query, description = "The gate's name, if no `x-tollgate-gate` header gives it.",
+            min_length = 1, max_length = 64, pattern = "^[!-~]+$"),
+    ),
+    responses((status = 200, description = "The feed.", body = String, content_type = "application/x-ndjson")),
+)]
 pub async fn follow(
     State(app): State<App>,
     gate: Gate,

@@ -1,7 +1,7 @@
 //! Passwords: argon2id, away from the async threads and never more at once than there are cores.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Algorithm, Argon2, Params, PasswordHasher as _, PasswordVerifier as _, Version};
@@ -18,6 +18,7 @@ struct Inner {
     /// One hash takes a core and 19 MiB for tens of milliseconds.
     permits: Arc<Semaphore>,
     waiting: AtomicUsize,
+    checked: AtomicU64,
     /// What a password for an unknown account is compared with, so that both take the same time.
     nobody: String,
 }
@@ -36,6 +37,7 @@ impl Passwords {
             argon2,
             permits: Arc::new(Semaphore::new(cores)),
             waiting: AtomicUsize::new(0),
+            checked: AtomicU64::new(0),
             nobody,
         })))
     }
@@ -51,12 +53,20 @@ impl Passwords {
         let argon2 = self.0.argon2.clone();
         let known = stored.is_some();
         let stored = stored.unwrap_or_else(|| self.0.nobody.clone());
+        let this = self.clone();
         self.run(move || {
+            // Relaxed: a count for people.
+            this.0.checked.fetch_add(1, Ordering::Relaxed);
             let stored = PasswordHash::new(&stored)
                 .map_err(|e| Fault::Internal(format!("a stored password hash cannot be read: {e}")))?;
             Ok(argon2.verify_password(password.as_bytes(), &stored).is_ok() && known)
         })
         .await
+    }
+
+    /// How often a password was compared with a hash, that of nobody included.
+    pub fn checked(&self) -> u64 {
+        self.0.checked.load(Ordering::Relaxed)
     }
 
     async fn run<T: Send + 'static>(

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::Shared;
-use super::parse::{Line, LineSplitter, LineTooLong, MAX_LINE_BYTES, ParseError};
+use super::lines::{LineSplitter, LineTooLong};
+use super::parse::{Line, MAX_LINE_BYTES, ParseError};
 use super::record::{Change, is_usable};
 use crate::gate::{KeyError, KeyUpdate, Resync};
 
@@ -291,6 +292,7 @@ impl<'s> Applier<'s> {
         }
         log::info!("feed: snapshot of {keys} keys at revision {revision} is in force");
         self.good(revision);
+        shared.spool_due.notify_one();
         Ok(())
     }
 
@@ -340,7 +342,8 @@ impl<'s> Applier<'s> {
         shared.behind.store(false, Ordering::Relaxed);
         shared.heard();
         shared.followed();
-        shared.applied.send_replace(shared.gate.revision());
+        *shared.kept() = shared.gate.revision();
+        shared.acknowledge();
         self.progress.good.fetch_add(1, Ordering::Relaxed);
     }
 }

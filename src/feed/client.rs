@@ -180,7 +180,7 @@ impl Client {
         };
         shared.counts.connections.fetch_add(1, Ordering::Relaxed);
         // The control plane may be a new process that knows nothing of what was acknowledged before.
-        shared.applied.send_replace(shared.gate.revision());
+        shared.acknowledge();
         self.read(response, decoder, shared, progress).await
     }
 

@@ -1,7 +1,7 @@
 //! The gate's side of the control endpoint: it keeps the gate's snapshot in step with a control plane, or with a
 //! key file, and keeps a copy on disk, the spool, to start from.
 //!
-//! Read in this order: `parse` (one line), `apply` (lines → the gate, whole or not at all), `client` (the
+//! Read in this order: `lines` and `parse` (one line), `apply` (lines → the gate, whole or not at all), `client` (the
 //! connection and what can go wrong with it), `spool` over `record` (the copy on disk), `file` (a key file instead).
 //!
 //! Decisions that are not obvious:
@@ -13,7 +13,8 @@
 //! - A key that the gate cannot use (an environment that its configuration lacks) is left out, said, and counted; its
 //!   earlier form, if there was one, is forgotten. It never holds up the other keys.
 //! - An acknowledgement is sent once the change is in force and handed to the operating system for the spool, so it
-//!   outlives the process; it is forced to the disk within a second.
+//!   outlives the process; it is forced to the disk within a second. What came in a full snapshot is acknowledged once
+//!   the spool has been written anew, because a crash before that goes back to the one before.
 //!
 //! Absent here: no decision about requests, no wire type beyond a line, no knowledge of the control plane's insides.
 
@@ -21,22 +22,25 @@ mod apply;
 mod backoff;
 mod client;
 mod file;
+pub mod lines;
 pub mod parse;
 mod record;
+mod shared;
 mod spool;
 
 use std::fmt;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::HeaderValue;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::clock::{Clock, Now};
 use crate::gate::Gate;
+use shared::{Connection, Counts, Shared};
 
 pub use client::{ClientError, Tls, http_client};
 
@@ -201,7 +205,9 @@ impl Feed {
             behind: AtomicBool::new(false),
             holds_keys: AtomicBool::new(false),
             connection: Mutex::new(Connection::default()),
+            kept_revision: Mutex::new(None),
             applied: watch::Sender::new(None),
+            spool_due: Notify::new(),
         });
         let follower = match settings.source {
             Source::File(ref path) => {
@@ -225,6 +231,7 @@ impl Feed {
         };
         if let LoadOutcome::Loaded { saved_at_ms, keys, .. } = &outcome {
             self.shared.holds_keys.store(*keys > 0, Ordering::Relaxed);
+            *self.shared.kept() = self.shared.gate.revision();
             let now = self.shared.clock.now();
             self.shared
                 .heard_at_ns
@@ -327,185 +334,6 @@ pub struct FeedStatus {
     pub unusable_keys: u64,
     /// Why the spool is not up to date, while it is not.
     pub spool_error: Option<String>,
-}
-
-/// What the feed's parts share.
-struct Shared {
-    gate: Arc<Gate>,
-    clock: Clock,
-    spool: Option<spool::Spool>,
-    max_staleness: Option<Duration>,
-    source: String,
-    /// Monotonic time of the last good word from the source, on the clock's scale; 0: none.
-    heard_at_ns: AtomicU64,
-    newest_revision: AtomicU64,
-    stale: AtomicBool,
-    counts: Counts,
-    behind: AtomicBool,
-    /// Whether keys came with the last snapshot or since.
-    holds_keys: AtomicBool,
-    connection: Mutex<Connection>,
-    /// The revision to acknowledge.
-    applied: watch::Sender<Option<u64>>,
-}
-
-#[derive(Default)]
-struct Counts {
-    connections: AtomicU64,
-    snapshots: AtomicU64,
-    changes: AtomicU64,
-    refused: AtomicU64,
-    unusable_keys: AtomicU64,
-}
-
-#[derive(Default)]
-struct Connection {
-    connected: bool,
-    last_error: Option<String>,
-    housekeeping: Duration,
-}
-
-impl Shared {
-    fn connection(&self) -> MutexGuard<'_, Connection> {
-        self.connection
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn set_housekeeping(&self, interval: Duration) {
-        self.connection().housekeeping = interval;
-    }
-
-    /// Something good was read from the source just now.
-    fn heard(&self) {
-        self.heard_at_ns
-            .fetch_max(self.clock.now().elapsed_ns, Ordering::Relaxed);
-        if self.stale.load(Ordering::Relaxed) {
-            self.update_staleness();
-        }
-    }
-
-    fn is_stale(&self, now: Now) -> bool {
-        let heard_at_ns = self.heard_at_ns.load(Ordering::Relaxed);
-        self.max_staleness.is_some_and(|max| {
-            heard_at_ns == 0 || Duration::from_nanos(now.elapsed_ns.saturating_sub(heard_at_ns)) > max
-        })
-    }
-
-    fn update_staleness(&self) {
-        let stale = self.is_stale(self.clock.now());
-        if self.stale.swap(stale, Ordering::Relaxed) != stale {
-            self.gate.set_stale(stale);
-            if stale {
-                log::error!(
-                    "feed: {} was not heard for longer than max_staleness: refusing requests",
-                    self.source
-                );
-            } else {
-                log::info!("feed: {} is heard again: serving requests", self.source);
-            }
-        }
-    }
-
-    /// The source is being followed again, or for the first time.
-    fn followed(&self) {
-        let was = {
-            let mut connection = self.connection();
-            connection.connected = true;
-            connection.last_error.take()
-        };
-        if was.is_some() {
-            log::info!(
-                "feed: {} is followed again, revision {}",
-                self.source,
-                Revision(self.gate.revision())
-            );
-        }
-    }
-
-    /// The source cannot be followed. Said once for each reason, not for each try.
-    fn lost(&self, reason: &str) {
-        let mut connection = self.connection();
-        connection.connected = false;
-        if connection.last_error.as_deref() != Some(reason) {
-            connection.last_error = Some(reason.to_owned());
-            drop(connection);
-            log::warn!(
-                "feed: {} cannot be followed: {reason}; serving on from revision {}, trying again",
-                self.source,
-                Revision(self.gate.revision())
-            );
-        }
-    }
-
-    fn say_loaded(&self, outcome: &LoadOutcome) {
-        let source = &self.source;
-        match outcome {
-            LoadOutcome::Loaded {
-                revision,
-                keys,
-                damage: None,
-                ..
-            } => {
-                log::info!("feed: {keys} keys at revision {revision} loaded from disk; source {source}");
-            }
-            LoadOutcome::Loaded {
-                revision,
-                keys,
-                damage: Some(damage),
-                ..
-            } => {
-                log::warn!("feed: {keys} keys at revision {revision} loaded from disk; {damage}; source {source}");
-            }
-            LoadOutcome::Missing => {
-                log::info!("feed: no keys on disk; not ready until {source} has been read");
-            }
-            LoadOutcome::Refused { reason } => {
-                log::warn!("feed: {reason}; not ready until {source} has been read");
-            }
-        }
-    }
-
-    /// Every second: the spool to the disk, and the staleness.
-    async fn housekeep(self: &Arc<Self>) {
-        let mut ticks = tokio::time::interval(self.connection().housekeeping);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            self.update_staleness();
-            self.keep_spool().await;
-        }
-    }
-
-    async fn keep_spool(self: &Arc<Self>) {
-        let shared = Arc::clone(self);
-        let kept = tokio::task::spawn_blocking(move || {
-            if let Some(spool) = &shared.spool {
-                let heard_at_ns = shared.heard_at_ns.load(Ordering::Relaxed);
-                let now = shared.clock.now();
-                spool.keep(
-                    &shared.gate,
-                    now,
-                    (heard_at_ns > 0).then(|| now.unix_ms_at(heard_at_ns)),
-                );
-            }
-        });
-        if kept.await.is_err() {
-            log::error!("feed: keeping the spool failed; trying again");
-        }
-    }
-}
-
-/// A revision for a log line.
-struct Revision(Option<u64>);
-
-impl fmt::Display for Revision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(revision) => write!(f, "{revision}"),
-            None => f.write_str("none"),
-        }
-    }
 }
 
 #[cfg(test)]

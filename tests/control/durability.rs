@@ -147,15 +147,24 @@ async fn migrations_are_told_applied_and_backed_up() {
     backup(&database, &copy).await.unwrap();
     assert!(backup(&database, &copy).await.is_err(), "nothing is overwritten");
     harness.stop().await;
-    let harness = Harness::with(Settings {
-        database: format!("sqlite://{}", copy.display()),
-        ..settings()
-    })
-    .await;
-    harness
-        .get(&tenant, &format!("/api/v1/keys/{}", tenant.key_id))
-        .await
-        .expect(200);
+    assert!(!directory.path().join("copy.db-wal").exists(), "the copy is one file");
+    for _ in 0..2 {
+        let harness = Harness::with(Settings {
+            database: format!("sqlite://{}", copy.display()),
+            ..settings()
+        })
+        .await;
+        harness
+            .get(&tenant, &format!("/api/v1/keys/{}", tenant.key_id))
+            .await
+            .expect(200);
+        assert_eq!(
+            harness.plane.revision(),
+            (1 << 32) + 1,
+            "beyond every revision that gates may have, and only once"
+        );
+        harness.stop().await;
+    }
 }
 
 #[tokio::test]

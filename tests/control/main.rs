@@ -11,4 +11,6 @@ mod durability;
 mod feed;
 mod keys;
 mod ledger;
+mod pages;
+mod rotation;
 mod routes;

@@ -2,8 +2,13 @@
 
 mod alone;
 mod auth;
+mod between;
 mod certificates;
+mod crashes;
+mod effect;
+mod fleet;
 mod harness;
+mod ledger;
 mod life;
 mod limits;
 mod metrics;
@@ -11,6 +16,7 @@ mod operator;
 mod origin;
 mod readme;
 mod rotation;
+mod schemathesis;
 mod secrets;
 mod tls;
 mod upstream;

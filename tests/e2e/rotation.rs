@@ -1,6 +1,7 @@
 //! Secrets that come and go under one key.
 
-use crate::harness::{Tollgate, error};
+use crate::fleet::{Fleet, key};
+use crate::harness::{Tollgate, client, error};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -104,4 +105,34 @@ async fn a_revoked_key_is_refused_within_a_tenth_of_a_second() {
             assert!(answered.elapsed() < Duration::from_millis(100));
         }
     }
+}
+
+/// Spend 3,000 of 5,000, rotate, and let the two secrets take turns.
+#[tokio::test]
+async fn after_a_rotation_exactly_the_rest_of_the_quota_is_left_to_both_secrets_together() {
+    const PATH: &str = "/checks/permissions";
+    let fleet = Fleet::new().await;
+    let control = fleet.control();
+    let gate = fleet.gate("gate-1", &control.url);
+    let account = control.account("quota@example.com").await;
+    let old = account.create_key("key", "live").await;
+    // In another tier.
+    gate.until_it_says(StatusCode::OK, &old.secret).await;
+    let asking = client();
+    for _ in 0..3_000 {
+        assert_eq!(gate.ask(&asking, PATH, &old.secret).await, StatusCode::OK);
+    }
+    let rotate = format!("/keys/{}/rotate?wait=all", old.id);
+    let new = key(&account
+        .call(Method::POST, &rotate, json!({"gracePeriodSeconds": 86_400}))
+        .await);
+    let mut passed = [0, 0];
+    for n in 0..2_200 {
+        let secret = if n % 2 == 0 { &new.secret } else { &old.secret };
+        match gate.ask(&asking, PATH, secret).await {
+            StatusCode::OK => passed[n % 2] += 1,
+            status => assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "request {n}"),
+        }
+    }
+    assert_eq!(passed, [1_000, 1_000], "exactly 2,000 more");
 }

@@ -109,9 +109,8 @@ async fn goes_on_where_it_was_after_an_outage() {
     assert_eq!(running.feed.status().snapshots, 1);
 }
 
-/// Everything that a stream can do wrong, while one valid key keeps working, and no key of the wrong stream ever does.
-#[tokio::test(flavor = "multi_thread")]
-async fn every_fault_is_survived() {
+/// Everything that a stream can do wrong, with key 66 in it where it has any.
+fn faults() -> Vec<(&'static str, Fault)> {
     let evil = [key(66)];
     let whole = snapshot(99, &evil);
     let text = String::from_utf8(whole.clone()).unwrap();
@@ -129,7 +128,7 @@ async fn every_fault_is_survived() {
         &format!("{{\"type\":\"heartbeat\",\"revision\":99}}\n{key_line}"),
         1,
     );
-    let faults = [
+    vec![
         ("late", Fault::Late(Duration::from_millis(100))),
         ("never", Fault::NoAnswer),
         ("silence", Fault::SayAndHang(vec![])),
@@ -177,13 +176,18 @@ async fn every_fault_is_survived() {
             "unasked compression",
             Fault::Raw(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\n\r\nabc".to_vec()),
         ),
-    ];
+    ]
+}
+
+/// One valid key keeps working throughout, and no key of the wrong stream ever does.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_fault_is_survived() {
     let directory = tempfile::tempdir().unwrap();
     let plane = Plane::start([key(1)]).await;
     let running = Running::start(settings(&plane.url, directory.path()));
     running.revision(10).await;
     let mut added = 100;
-    for (name, fault) in faults {
+    for (name, fault) in faults() {
         let seen = plane.state().connections.len();
         plane.state().faults.push_back(fault);
         plane.kick();
@@ -218,6 +222,41 @@ async fn every_fault_is_survived() {
     );
     assert!(status.refused >= 15, "{status:?}");
     running.stop().await;
+}
+
+/// A gate that has nothing yet: not ready until the first whole snapshot, never with half of one, and no worse for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_fault_before_the_first_snapshot_is_survived() {
+    for (name, fault) in faults() {
+        // To a gate without keys an older or an empty snapshot is as good as any.
+        if ["late", "no keys", "older", "older and empty"].contains(&name) {
+            continue;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let plane = Plane::start([key(1)]).await;
+        plane.state().faults.push_back(fault);
+        let running = Running::start(settings(&plane.url, directory.path()));
+        let begun = Instant::now();
+        loop {
+            // Asked before the revision, so that what it says is of no later state.
+            let (evil, good) = (
+                verdict(&running.gate, &running.clock, 66),
+                verdict(&running.gate, &running.clock, 1),
+            );
+            assert!(evil.is_err(), "{name}: a key of a snapshot that was never whole");
+            if good.is_ok() {
+                break;
+            }
+            assert!(
+                matches!(good, Err(Reason::NotReady)),
+                "{name}: {good:?}, before any snapshot was whole"
+            );
+            assert!(begun.elapsed() < Duration::from_secs(20), "no recovery from: {name}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(running.gate.revision(), Some(10), "{name}");
+        running.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

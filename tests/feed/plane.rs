@@ -47,6 +47,8 @@ pub enum UsageFault {
     Refuse(u16),
 }
 
+pub type OnAck = Box<dyn FnMut(&Ack) + Send>;
+
 #[derive(Default)]
 pub struct State {
     pub revision: u64,
@@ -55,6 +57,8 @@ pub struct State {
     pub faults: VecDeque<Fault>,
     pub usage_faults: VecDeque<UsageFault>,
     pub acks: Vec<Ack>,
+    /// Called with each acknowledgement, before it is answered.
+    pub on_ack: Option<OnAck>,
     /// `after` and the gate's name, of each connection.
     pub connections: Vec<(Option<u64>, String)>,
     /// Applied batches, each once.
@@ -193,7 +197,7 @@ impl Plane {
             } else if head.starts_with("GET /feed/v1/keys") {
                 return self.serve_keys(&mut stream, &head).await;
             } else if head.starts_with("POST /feed/v1/acks") {
-                self.state().acks.push(serde_json::from_slice(&body).unwrap());
+                self.take_ack(serde_json::from_slice(&body).unwrap());
                 answer(&mut stream, 204).await?;
             } else if head.starts_with("POST /feed/v1/usage") {
                 match self.take_usage(serde_json::from_slice(&body).unwrap()) {
@@ -204,6 +208,14 @@ impl Plane {
                 answer(&mut stream, 404).await?;
             }
         }
+    }
+
+    fn take_ack(&self, ack: Ack) {
+        let mut state = self.state();
+        if let Some(on_ack) = &mut state.on_ack {
+            on_ack(&ack);
+        }
+        state.acks.push(ack);
     }
 
     /// Applies a batch; what to answer, if anything.

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tollgate::clock::Clock;
 use tollgate::feed::{Feed, LoadOutcome, Source, Token};
@@ -78,6 +80,52 @@ async fn a_revoked_key_stays_revoked_after_a_crash() {
     assert_eq!(verdict(&restarted.gate, &restarted.clock, 2), Ok(()));
 }
 
+/// Whatever is acknowledged must be on the disk already: also what came in a full snapshot, for which all of the spool is
+/// written anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_acknowledged_that_a_restart_would_undo() {
+    const KEYS: u32 = 1_000;
+    let (directory, copies) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let plane = Plane::start((0..KEYS).map(key)).await;
+    let (spool, copy) = (directory.path().join("keys.spool"), copies.path().to_owned());
+    let found: Arc<Mutex<Vec<(u64, Option<u64>)>>> = Arc::default();
+    let finding = Arc::clone(&found);
+    plane.state().on_ack = Some(Box::new(move |ack| {
+        let revision = fs::read(&spool).ok().and_then(|bytes| load(&copy, &bytes).1);
+        finding.lock().unwrap().push((ack.revision, revision));
+    }));
+    let mut settings = settings(&plane.url, directory.path());
+    // Looking at the disk holds the plane up, which is no silence.
+    settings.heartbeat = Duration::from_secs(10);
+    let running = Running::start(settings);
+    let acknowledged = async |revision| {
+        eventually(&format!("the acknowledgement of {revision}"), || {
+            plane.state().acks.last().is_some_and(|ack| ack.revision == revision)
+        })
+        .await;
+    };
+    acknowledged(10).await;
+    let changed = plane.change(key(5_000));
+    acknowledged(changed).await;
+    for newest in [50, 90] {
+        // All of it anew, and at once a change on top.
+        plane.restore(newest, (0..KEYS).map(key));
+        plane.kick();
+        running.revision(newest).await;
+        let changed = plane.change(KeyLine {
+            revoked: true,
+            ..key(1)
+        });
+        acknowledged(changed).await;
+    }
+    running.stop().await;
+    let found = found.lock().unwrap();
+    assert!(found.len() >= 4, "{found:?}");
+    for (acknowledged, on_disk) in found.iter() {
+        assert!(on_disk >= &Some(*acknowledged), "{found:?}");
+    }
+}
+
 /// A spool with its keys at revision 10 and three changes after it, and what is in force at each revision.
 async fn small_spool(directory: &Path) -> (Vec<u8>, BTreeMap<u64, BTreeSet<(String, bool)>>) {
     let plane = Plane::start([key(1), key(2)]).await;
@@ -148,7 +196,7 @@ async fn no_flipped_byte_and_no_cut_lets_a_wrong_key_in() {
         outcome
     };
     for at in 0..spool.len() {
-        for flip in [0x01, 0x80] {
+        for flip in [0x01, 0x80, 0xff] {
             let mut damaged = spool.clone();
             damaged[at] ^= flip;
             let outcome = check(&damaged, &format!("byte {at} flipped by {flip:#x}"));
@@ -261,7 +309,7 @@ async fn after_damage_and_after_a_failed_disk_it_is_written_anew() {
     let newest = plane.change(key(2));
     running.revision(newest).await;
     fs::remove_file(&blocked).unwrap();
-    running.clock.advance(std::time::Duration::from_secs(10));
+    running.clock.advance(Duration::from_secs(10));
     eventually("the spool", || {
         blocked.join("keys.spool").exists() && running.feed.status().spool_error.is_none()
     })

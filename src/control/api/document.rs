@@ -7,7 +7,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::App;
@@ -152,7 +152,6 @@ pub fn complete(document: utoipa::openapi::OpenApi, settings: &Settings) -> Valu
     let no_plan: Option<&String> = None;
     let plan: Vec<_> = plans.into_iter().map(Some).chain([no_plan]).collect();
     schemas["UpdateOrganizationRequest"]["properties"]["plan"]["enum"] = json!(plan);
-    document["paths"]["/feed/v1/keys"] = json!({ "get": follow() });
     if let Some(paths) = document["paths"].as_object_mut() {
         for (path, item) in paths {
             let Some(methods) = item.as_object_mut() else { continue };
@@ -276,26 +275,6 @@ fn complete_operation(path: &str, method: &str, operation: &mut Value) {
             response["headers"] = json!({"WWW-Authenticate": {"description": "How to ask.", "schema": schema}});
         }
         responses.entry(status).or_insert(response);
-    }
-}
-
-/// The stream is not a resource of JSON, so it is described by hand.
-fn follow() -> Map<String, Value> {
-    let described = json!({
-        "tags": ["Feed"], "operationId": "followKeys", "summary": "Follow the keys",
-        "description": "Newline-delimited JSON that does not end by itself: a snapshot where `after` is absent or too \
-            old, then every change as it happens, and a heartbeat every five seconds. Compressed with zstd if accepted.",
-        "parameters": [
-            {"name": "after", "in": "query", "description": "The revision that the gate has.",
-             "schema": {"type": "integer", "minimum": 0}},
-            {"name": "gate", "in": "query", "description": "The gate's name, if no `x-tollgate-gate` header gives it.",
-             "schema": {"type": "string", "minLength": 1, "maxLength": 64, "pattern": "^[!-~]+$"}},
-        ],
-        "responses": {"200": {"description": "The feed.", "content": {"application/x-ndjson": {}}}},
-    });
-    match described {
-        Value::Object(map) => map,
-        _ => Map::new(),
     }
 }
 

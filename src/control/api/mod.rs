@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::get;
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -36,12 +35,12 @@ pub mod value;
 /// What handlers share.
 pub type App = Arc<Service>;
 
-/// All routes.
+/// All routes. What is not a page of the portal or a document is in the document, because both are made of the same
+/// list; a test sees to it that there is no other way.
 pub fn router(app: App) -> Router {
     let (routes, document) = described().split_for_parts();
     let documents = document::Documents::new(document::complete(document, &app.settings));
     routes
-        .route("/feed/v1/keys", get(feed_server::follow))
         .merge(documents.router())
         .fallback(frame::no_such_route)
         .method_not_allowed_fallback(frame::no_such_method)
@@ -82,6 +81,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(admin::audit))
         .routes(routes!(admin::invitations, admin::create_invitation))
         .routes(routes!(admin::delete_invitation))
+        .routes(routes!(feed_server::follow))
         .routes(routes!(feed::acknowledge))
         .routes(routes!(feed::usage))
         .routes(routes!(health::health))

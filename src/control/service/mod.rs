@@ -57,6 +57,11 @@ impl Service {
         self.clock.now().unix_ms
     }
 
+    /// How often a password was compared with a hash.
+    pub fn passwords_checked(&self) -> u64 {
+        self.passwords.checked()
+    }
+
     /// Waits until every live gate has applied `revision`, or until `wait` is over; says who has.
     pub async fn wait_until_applied(&self, revision: u64, wait: Duration) -> Applied {
         let deadline = Instant::now() + wait;

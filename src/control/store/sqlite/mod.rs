@@ -19,10 +19,13 @@ use crate::control::model::{AuditNote, Fault};
 
 mod accounts;
 mod audit;
+mod backup;
 mod feed;
 mod keys;
 mod ledger;
 mod sessions;
+
+pub use backup::backup;
 
 /// The migrations, as they were when this binary was built.
 pub static MIGRATIONS: Migrator = sqlx::migrate!("src/control/store/migrations/sqlite");
@@ -51,6 +54,7 @@ impl SqliteStore {
             .await
             .map_err(|e| Fault::Unavailable(format!("the schema cannot be updated: {e}")))?;
         drop(connection);
+        backup::begin_new_life_if_restored(&writer).await?;
         let read_only = options.read_only(true);
         let readers = pool(READERS).connect_lazy_with(read_only.clone());
         // A million keys are read nearly twice as fast through a map of the file. It counts as the process's memory while
@@ -125,24 +129,6 @@ pub(super) async fn connect_to_existing(url: &str) -> Result<SqliteConnection, F
     }
     migrate(url).await?;
     options.connect().await.map_err(fault)
-}
-
-/// Writes a consistent, compacted copy to `target`, which must not exist, while the database is in use.
-pub async fn backup(url: &str, target: &Path) -> Result<(), Fault> {
-    let (options, _scratch) = options(url)?;
-    if target.exists() {
-        return Err(Fault::Unavailable(format!("{} exists already", target.display())));
-    }
-    let name = target
-        .to_str()
-        .ok_or_else(|| Fault::Unavailable("the target's name is not UTF-8".into()))?;
-    let mut connection = options.connect().await.map_err(fault)?;
-    sqlx::query("VACUUM INTO ?")
-        .bind(name)
-        .execute(&mut connection)
-        .await
-        .map_err(fault)?;
-    connection.close().await.map_err(fault)
 }
 
 /// A directory that ends with the store: what `sqlite::memory:` means here. A real file in memory has WAL and
