@@ -114,6 +114,8 @@ pub async fn tls_upstream(config: Arc<rustls::ServerConfig>) -> SocketAddr {
                 };
                 let service = hyper::service::service_fn(|request: hyper::Request<hyper::body::Incoming>| async move {
                     let body = format!("{:?}", request.version());
+                    // An answer before the request's end would end the client's connection too.
+                    let _ = axum::body::to_bytes(axum::body::Body::new(request.into_body()), 1000).await;
                     Ok::<_, std::convert::Infallible>(hyper::Response::new(axum::body::Body::from(body)))
                 });
                 let builder = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
