@@ -13,7 +13,7 @@ PROFILE ?= release
 # What the build needs beyond Rust: cmake and a C compiler (zlib-ng and zstd, through Pingora; SQLite).
 BUILD_PACKAGES := cmake gcc libc6-dev
 # What the whole test suite talks to. Tests whose part is missing fail; they are never skipped.
-TEST_PACKAGES := $(BUILD_PACKAGES) curl python3 python3-venv nginx-light haproxy nodejs chromium chromium-driver postgresql prometheus redis-server slowhttptest
+TEST_PACKAGES := $(BUILD_PACKAGES) curl python3 python3-venv nginx-light haproxy nodejs chromium chromium-driver postgresql prometheus redis-server slowhttptest valgrind
 
 .PHONY: help dev install test lint install-build install-test clean
 

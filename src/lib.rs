@@ -10,11 +10,14 @@
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
 //! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
 //!
-//! Chapters of the manual: [`embedding`] for services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL,
+//! Chapters of the manual: [`architecture`] is how it fits together, [`limits`] what a limit promises, [`embedding`] for
+//! services that want the gate alone, [`operations`], [`metrics`], [`security`].
 //! replicas, backup), [`operations`], [`metrics`], [`security`].
 #![forbid(unsafe_code)]
 
 pub mod app;
+#[doc = include_str!("manual/architecture.md")]
+pub mod architecture {}
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -25,6 +28,8 @@ pub mod control_plane {}
 pub mod embedding {}
 pub mod feed;
 pub mod gate;
+#[doc = include_str!("manual/limits.md")]
+pub mod limits {}
 pub mod meter;
 #[doc = include_str!("manual/metrics.md")]
 pub mod metrics {}

@@ -79,7 +79,8 @@ fn nothing_unfinished_is_left_behind() {
     for file in sources("src") {
         let text = fs::read_to_string(&file).unwrap();
         let code = text.split("#[cfg(test)]").next().unwrap();
-        if file.ends_with("tests.rs") {
+        let inside = file.strip_prefix(Path::new(ROOT).join("src")).unwrap();
+        if file.ends_with("tests.rs") || inside.iter().any(|room| room == "tests") {
             continue;
         }
         for banned in ["todo!(", "unimplemented!(", "dbg!(", ".unwrap()", "TODO", "FIXME"] {

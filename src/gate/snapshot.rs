@@ -138,7 +138,7 @@ pub(super) struct SecretsBuilder {
 }
 
 /// Shards of a large map: it is built by one thread and read without locks, so that more would be of no use.
-const SHARDS: usize = 16;
+const SHARDS: usize = 4;
 
 impl SecretsBuilder {
     pub fn with_capacity(secrets: usize) -> Self {

@@ -134,9 +134,16 @@ impl AddressWindows {
         }
     }
 
-    /// Forgets addresses whose windows are idle. Called now and then, off the request path.
+    /// Forgets addresses whose windows are idle. Called now and then, off the request path. One at a time, so that no
+    /// request waits for longer than one takes.
     pub fn forget_idle(&self, now: Now) {
-        self.windows.retain(|_, window| !window.retire_if_idle(now.elapsed_ns));
+        let is_idle = |window: &Window| window.used(now.elapsed_ns) == 0;
+        let idle = self.windows.iter().filter(|entry| is_idle(entry.value()));
+        let idle: Vec<_> = idle.map(|entry| *entry.key()).collect();
+        for address in idle {
+            self.windows
+                .remove_if(&address, |_, window| window.retire_if_idle(now.elapsed_ns));
+        }
     }
 }
 
