@@ -11,8 +11,8 @@
 //! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
 //!
 //! Chapters of the manual: [`architecture`] is how it fits together, [`limits`] what a limit promises, [`embedding`] for
-//! services that want the gate alone, [`operations`], [`metrics`], [`security`].
-//! replicas, backup), [`operations`], [`metrics`], [`security`].
+//! services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL, replicas, backup), [`operations`], [`metrics`],
+//! [`security`].
 #![forbid(unsafe_code)]
 
 pub mod app;

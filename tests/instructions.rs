@@ -121,10 +121,8 @@ fn a_decision_takes_as_many_instructions_as_it_is_known_to() {
     let out = folder.path().join("counts");
     let run = Command::new("valgrind")
         .args(["--tool=callgrind", "--collect-atstart=no"])
-        .args([
-            "--toggle-collect=*counted_decisions*",
-            "--dump-after=*counted_decisions*",
-        ])
+        .arg(format!("--toggle-collect={COUNTED}"))
+        .arg(format!("--dump-after={COUNTED}"))
         .arg(format!("--callgrind-out-file={}", out.display()))
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", "decides", "--ignored", "--nocapture"])
