@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`cli`] | words from a person → calls |
 //! | [`app`] | the composition root: configuration → running services |
-//! | [`proxy`], [`feed`], [`meter`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
+//! | [`proxy`], [`feed`], [`meter`], [`cluster`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
 //! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
 //!
@@ -20,6 +20,7 @@ pub mod app;
 pub mod architecture {}
 pub mod cli;
 pub mod clock;
+pub mod cluster;
 pub mod config;
 pub mod control;
 #[doc = include_str!("manual/control-plane.md")]

@@ -9,7 +9,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const FLOORS: [&[&str]; 5] = [
     &["cli"],
     &["app"],
-    &["proxy", "feed", "meter", "control", "config", "telemetry"],
+    &["proxy", "feed", "meter", "cluster", "control", "config", "telemetry"],
     &["gate"],
     &["clock", "tls", "wire"],
 ];

@@ -10,6 +10,7 @@ pub mod key;
 pub mod limit;
 mod policy;
 mod quota;
+pub mod reservation;
 mod resync;
 mod retired;
 mod route;

@@ -1,0 +1,288 @@
+//! The running part: carries batches between the coordinators and the store, and lets requests wait for permits.
+
+use super::coordinator::{Coordinator, Counts, Settings};
+use super::protocol::{Batch, BatchAnswer};
+use super::store::{Store, StoreError};
+use crate::clock::Clock;
+use crate::gate::reservation::Reservation;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Takes part in the shared counts. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct Cluster(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    wait: Duration,
+    lost_after: Duration,
+    parts: Vec<Part>,
+    /// The store was found fit for its purpose.
+    is_fit: AtomicBool,
+    /// A store that is unfit when it is first seen ends the process.
+    was_fit: AtomicBool,
+    waited: AtomicU64,
+    waited_in_vain: AtomicU64,
+}
+
+/// What fails by itself: all windows of one partition of the store.
+#[derive(Debug)]
+struct Part {
+    coordinator: Mutex<Coordinator>,
+    /// Something is to be sent.
+    work: Notify,
+    /// An answer came.
+    news: Notify,
+}
+
+/// What has been counted, over all partitions.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Status {
+    /// See [`Counts`].
+    pub counts: Counts,
+    /// Windows whose calls are not answered yet.
+    pub unacked: usize,
+    /// Windows that this gate shares at the moment.
+    pub windows: usize,
+    /// Requests that waited for permits.
+    pub waited: u64,
+    /// Those that got none in time.
+    pub waited_in_vain: u64,
+    /// Gates that share the limits, as far as it was ever heard.
+    pub gates: u32,
+    /// Grants count, in every partition and for every window.
+    pub is_usable: bool,
+}
+
+impl Cluster {
+    /// Takes part through `store`. A request waits for permits for at most `wait`. Nothing runs before [`Cluster::run`].
+    pub fn new(settings: &Settings, wait: Duration, store: Arc<dyn Store>, clock: Clock) -> Self {
+        let now_ns = clock.now().elapsed_ns;
+        let part = |_| Part {
+            coordinator: Mutex::new(Coordinator::new(settings.clone(), now_ns)),
+            work: Notify::new(),
+            news: Notify::new(),
+        };
+        Cluster(Arc::new(Inner {
+            parts: (0..store.partitions()).map(part).collect(),
+            store,
+            clock,
+            wait,
+            lost_after: settings.lost_after,
+            is_fit: AtomicBool::new(false),
+            was_fit: AtomicBool::new(false),
+            waited: AtomicU64::new(0),
+            waited_in_vain: AtomicU64::new(0),
+        }))
+    }
+
+    /// More permits are wanted for a window. Does not wait.
+    pub fn want(&self, reservation: &Arc<Reservation>) {
+        let part = self.0.part_of(reservation);
+        let now_ns = self.0.clock.now().elapsed_ns;
+        let mut coordinator = part.lock();
+        if !coordinator.want(reservation.handle(), reservation, now_ns) {
+            let name = reservation.name().clone();
+            let handle = coordinator.open(name, reservation.window_ms(), reservation.clone(), now_ns);
+            reservation.set_handle(handle);
+            coordinator.want(handle, reservation, now_ns);
+        }
+        drop(coordinator);
+        part.work.notify_one();
+    }
+
+    /// Until when a request that finds no permits now may wait.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.0.wait
+    }
+
+    /// Waits until there may be permits, or it is known that there are none. `false`: neither, by the deadline.
+    pub async fn wait(&self, reservation: &Reservation, deadline: Instant) -> bool {
+        let part = self.0.part_of(reservation);
+        let _waiting = Waiting::begin(reservation);
+        loop {
+            let news = part.news.notified();
+            tokio::pin!(news);
+            // From here on no answer is missed.
+            news.as_mut().enable();
+            if reservation.is_decided(self.0.clock.now().elapsed_ns) {
+                return true;
+            }
+            if timeout_at(deadline, news).await.is_err() {
+                return false;
+            }
+        }
+    }
+
+    /// A request has waited, and got permits or not.
+    pub fn count_wait(&self, in_vain: bool) {
+        self.0.waited.fetch_add(1, Ordering::Relaxed);
+        self.0.waited_in_vain.fetch_add(u64::from(in_vain), Ordering::Relaxed);
+    }
+
+    /// Runs until `ended`; then tells the store what is spent and gives the rest back.
+    pub async fn run(&self, ended: impl Future<Output = ()> + Send) {
+        let ended = async {
+            ended.await;
+            for part in &self.0.parts {
+                part.lock().leave(self.0.clock.now().elapsed_ns);
+                part.work.notify_one();
+            }
+        };
+        let parts: FuturesUnordered<_> = (0..self.0.parts.len()).map(|index| self.0.work(index)).collect();
+        tokio::pin!(ended);
+        let work = parts.collect::<Vec<()>>();
+        tokio::pin!(work);
+        tokio::select! {
+            () = &mut ended => {}
+            _ = &mut work => return,
+            () = self.0.watch_over() => return,
+        }
+        // What is not told by then counts as spent, which is safe.
+        let _ = tokio::time::timeout(LEAVE_DEADLINE, work).await;
+    }
+
+    /// What has been counted.
+    pub fn status(&self) -> Status {
+        let now_ns = self.0.clock.now().elapsed_ns;
+        let mut status = Status {
+            waited: self.0.waited.load(Ordering::Relaxed),
+            waited_in_vain: self.0.waited_in_vain.load(Ordering::Relaxed),
+            is_usable: true,
+            ..Status::default()
+        };
+        for part in &self.0.parts {
+            let coordinator = part.lock();
+            status.counts.add(&coordinator.counts());
+            status.unacked += coordinator.unacked();
+            status.windows += coordinator.windows();
+            status.gates = status.gates.max(coordinator.gates(0, now_ns).unwrap_or(0));
+            status.is_usable &= coordinator.grants_count(coordinator.longest_window_ms(), now_ns);
+        }
+        status
+    }
+}
+
+/// How long leaving may take.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(2);
+/// How often a store's settings are looked at again.
+const CHECK_EVERY: Duration = Duration::from_secs(30);
+
+impl Inner {
+    fn part_of(&self, reservation: &Reservation) -> &Part {
+        // Every gate must come to the same part: the hash is one for ever.
+        &self.parts[xxh3_64(reservation.name().as_bytes()) as usize % self.parts.len()]
+    }
+
+    /// Carries one partition's batches, until the coordinator has left and all is told.
+    async fn work(&self, index: usize) {
+        let part = &self.parts[index];
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            let due = {
+                let mut coordinator = part.lock();
+                let now_ns = self.clock.now().elapsed_ns;
+                coordinator.tick(now_ns);
+                while let Some((number, batch)) = coordinator.next_batch(now_ns) {
+                    under_way.push(self.exchange(index as u16, number, batch));
+                }
+                if coordinator.has_left() && under_way.is_empty() {
+                    return;
+                }
+                Duration::from_nanos(coordinator.next_due_ns().saturating_sub(now_ns)).min(Duration::from_secs(3600))
+            };
+            tokio::select! {
+                Some((number, answer)) = under_way.next() => {
+                    part.lock().answered(number, answer.as_ref(), self.clock.now().elapsed_ns);
+                    part.news.notify_waiters();
+                }
+                () = part.work.notified() => {}
+                () = tokio::time::sleep(due) => part.news.notify_waiters(),
+            }
+        }
+    }
+
+    async fn exchange(&self, partition: u16, number: u64, batch: Batch) -> (u64, Option<BatchAnswer>) {
+        if !self.is_fit.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            return (number, None);
+        }
+        let exchanged = tokio::time::timeout(self.lost_after, self.store.exchange(partition, &batch)).await;
+        match exchanged {
+            Ok(Ok(answer)) => (number, Some(answer)),
+            Ok(Err(error)) => {
+                log::debug!("{error}");
+                (number, None)
+            }
+            Err(_) => (number, None),
+        }
+    }
+
+    /// Looks at the store's settings at the start, and now and then.
+    async fn watch_over(&self) {
+        let mut told: Vec<String> = vec![];
+        let mut reachable = true;
+        loop {
+            let pause = match self.store.check().await {
+                Ok(warnings) => {
+                    for warning in warnings.iter().filter(|warning| !told.contains(warning)) {
+                        log::warn!("the store of shared counts: {warning}");
+                    }
+                    if !self.is_fit.swap(true, Ordering::Relaxed) {
+                        log::info!("counts are shared through the store");
+                    }
+                    self.was_fit.store(true, Ordering::Relaxed);
+                    told = warnings;
+                    reachable = true;
+                    CHECK_EVERY
+                }
+                Err(StoreError::Unfit(why)) => {
+                    self.is_fit.store(false, Ordering::Relaxed);
+                    log::error!("cluster.url: {}", StoreError::Unfit(why.clone()));
+                    if !self.was_fit.load(Ordering::Relaxed) {
+                        // Found out by whoever sets it up, not by whoever relies on it.
+                        eprintln!("tollgate: cluster.url: {}", StoreError::Unfit(why));
+                        std::process::exit(1);
+                    }
+                    Duration::from_secs(5)
+                }
+                Err(error) => {
+                    if std::mem::take(&mut reachable) {
+                        log::warn!("{error}");
+                    }
+                    Duration::from_millis(100)
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+impl Part {
+    fn lock(&self) -> MutexGuard<'_, Coordinator> {
+        self.coordinator.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A request that waits, counted for as long as it does.
+struct Waiting<'a>(&'a Reservation);
+
+impl<'a> Waiting<'a> {
+    fn begin(reservation: &'a Reservation) -> Self {
+        reservation.wait(1);
+        Waiting(reservation)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waited(1);
+    }
+}

@@ -1,0 +1,558 @@
+//! This gate's side of the protocol, whole: which windows are asked for and when, what answers mean, what holds while
+//! the store is lost. No I/O and no clock of its own: whoever drives it passes the time and carries batches.
+//!
+//! - One call is under way per window, a bounded number of windows go together, and a bounded number of batches.
+//! - What is held and lapses unspent is reported once, so that the store has it back. A window that nobody asks for
+//!   is forgotten here; the store forgets it by itself.
+//! - *Slow is not lost.* The store is lost when no call has had a full answer for [`Settings::lost_after`]. While it is,
+//!   [`OnLoss`] holds, one hello at a time looks whether it is back, and nothing else is sent.
+
+use super::ledger::{Circumstances, Ledger, MS};
+use super::members::{self, Members};
+use super::protocol::{Batch, BatchAnswer, FieldId, OnLoss};
+use crate::gate::reservation::Reservation;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a gate takes part.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Random: this process.
+    pub id: u64,
+    /// The gate's name; stable across restarts, and no other's.
+    pub name: Arc<str>,
+    /// What holds while the store is lost.
+    pub on_loss: OnLoss,
+    /// Without a full answer for so long the store is lost.
+    pub lost_after: Duration,
+    /// The most that the clocks of two servers of the store differ by.
+    pub max_clock_skew: Duration,
+    /// The longest window there is.
+    pub longest_window_ms: u64,
+}
+
+/// Hellos under way.
+const HELLOS: usize = 4;
+/// How often while others wait for it, or it waits for others.
+const HELLO_SOON_NS: u64 = 20 * MS;
+/// How often the whole list is heard, though it has not changed: so that silence is noticed.
+const LIST_EVERY_NS: u64 = 5_000 * MS;
+/// See [`members::Settings::silent_ms`]: long enough for a person to restart a store.
+const SILENT_MS: u64 = 10_000;
+/// Calls that go together: some hundreds keep the store busy for about 10 ms.
+const BATCH: usize = 256;
+/// Batches under way.
+const BATCHES: usize = 8;
+
+/// What has been counted.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Calls sent.
+    pub asks: u64,
+    /// Permits granted by the store.
+    pub granted: u64,
+    /// Calls that wanted permits and were granted none.
+    pub denied: u64,
+    /// Calls without an answer that could be used.
+    pub lost: u64,
+    /// Permits given out of a share.
+    pub shared: u64,
+    /// The fewest gates that a share was ever taken among; 0: none was taken.
+    pub fewest_gates: u32,
+    /// How often another identity was met.
+    pub identities: u64,
+}
+
+/// The state of the protocol at one gate.
+#[derive(Debug)]
+pub struct Coordinator {
+    settings: Settings,
+    members: Members,
+    ledgers: Vec<Option<Ledger>>,
+    free: Vec<u32>,
+    queue: VecDeque<u32>,
+    due: BinaryHeap<Reverse<(u64, u32)>>,
+    flights: HashMap<u64, Flight>,
+    next_flight: u64,
+    windows_made: u32,
+    /// Windows that the current identity has not been told of.
+    untold: usize,
+    hello_due_ns: u64,
+    list_due_ns: u64,
+    /// The last exchange failed: look, and send nothing else.
+    unreachable: bool,
+    /// The content of the store has no name yet.
+    nameless: bool,
+    /// The store has heard that the gate leaves.
+    said_goodbye: bool,
+    round_trip_ns: u64,
+    /// When grants last counted, by length of window.
+    usable_ns: Vec<(u64, u64)>,
+    started_ns: u64,
+    counts: Counts,
+}
+
+/// How often a gate says that it lives: often enough that silence means loss.
+fn hello_every_ns(settings: &Settings) -> u64 {
+    (settings.lost_after.as_nanos() as u64 / 3).clamp(5 * MS, 200 * MS)
+}
+
+#[derive(Debug)]
+struct Flight {
+    sent_ns: u64,
+    generation: u64,
+    slots: Vec<u32>,
+    has_hello: bool,
+    is_goodbye: bool,
+}
+
+impl Counts {
+    /// Adds others.
+    pub fn add(&mut self, other: &Counts) {
+        self.asks += other.asks;
+        self.granted += other.granted;
+        self.denied += other.denied;
+        self.lost += other.lost;
+        self.shared += other.shared;
+        self.fewest_gates = match (self.fewest_gates, other.fewest_gates) {
+            (0, n) | (n, 0) => n,
+            (a, b) => a.min(b),
+        };
+        self.identities += other.identities;
+    }
+}
+
+impl Coordinator {
+    /// Of a gate that starts now.
+    pub fn new(settings: Settings, now_ns: u64) -> Self {
+        let keep_ms = settings.max_clock_skew.as_millis() as u64;
+        let lost_after_ms = settings.lost_after.as_millis() as u64;
+        let members = Members::new(members::Settings {
+            id: settings.id,
+            name: settings.name.clone(),
+            is_exact: settings.on_loss == OnLoss::Closed,
+            silent_ms: SILENT_MS,
+            // Whoever lives has said so by then, however slow.
+            settle_ms: lost_after_ms + 2 * hello_every_ns(&settings) / MS,
+            longest_window_ms: settings.longest_window_ms,
+            keep_ms,
+        });
+        Coordinator {
+            settings,
+            members,
+            ledgers: vec![],
+            free: vec![],
+            queue: VecDeque::new(),
+            due: BinaryHeap::new(),
+            flights: HashMap::new(),
+            next_flight: 0,
+            windows_made: 0,
+            untold: 0,
+            hello_due_ns: now_ns,
+            list_due_ns: now_ns,
+            unreachable: false,
+            nameless: false,
+            said_goodbye: false,
+            round_trip_ns: MS,
+            usable_ns: vec![],
+            started_ns: now_ns,
+            counts: Counts::default(),
+        }
+    }
+
+    /// What has been counted.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Windows whose calls are not answered yet.
+    pub fn unacked(&self) -> usize {
+        self.flights.values().map(|flight| flight.slots.len()).sum()
+    }
+
+    /// Windows that are known.
+    pub fn windows(&self) -> usize {
+        self.ledgers.len() - self.free.len()
+    }
+
+    /// Whether grants count, for windows of this length.
+    pub fn grants_count(&self, window_ms: u64, now_ns: u64) -> bool {
+        self.members.grants_count(window_ms, now_ns)
+    }
+
+    /// How many gates share the limits of this length of window, if that was ever heard.
+    pub fn gates(&self, window_ms: u64, now_ns: u64) -> Option<u32> {
+        self.members.count(window_ms, now_ns)
+    }
+
+    /// Whether the store is lost.
+    pub fn is_lost(&self, window_ms: u64, now_ns: u64) -> bool {
+        let usable = self.usable_ns.iter().find(|(window, _)| *window == window_ms);
+        let since = usable.map_or(self.started_ns, |(_, at_ns)| *at_ns);
+        now_ns > since + self.settings.lost_after.as_nanos() as u64
+    }
+
+    /// Begins to look after a window: more is wanted for it. The number is what [`Coordinator::want`] takes.
+    pub fn open(&mut self, name: Arc<str>, window_ms: u64, reservation: Arc<Reservation>, now_ns: u64) -> u32 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.ledgers.push(None);
+            self.ledgers.len() as u32 - 1
+        });
+        self.windows_made += 1;
+        let id = FieldId {
+            process: self.settings.id,
+            window: self.windows_made,
+        };
+        if !self.usable_ns.iter().any(|(window, _)| *window == window_ms) {
+            self.usable_ns.push((window_ms, now_ns));
+        }
+        let circumstances = self.circumstances(window_ms, now_ns);
+        self.ledgers[slot as usize] = Some(Ledger::new(name, window_ms, reservation, id, &circumstances));
+        slot
+    }
+
+    /// More is wanted. `false`: the window is not known (any more); open it.
+    pub fn want(&mut self, slot: u32, reservation: &Arc<Reservation>, now_ns: u64) -> bool {
+        let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+            return false;
+        };
+        if !Arc::ptr_eq(&ledger.reservation, reservation) {
+            return false;
+        }
+        ledger.reservation.heard();
+        ledger.wanted = true;
+        ledger.crowded |= ledger.pending.is_some();
+        ledger.active_ns = now_ns;
+        let window_ms = ledger.window_ms;
+        if self.is_lost(window_ms, now_ns) {
+            self.fall_back(slot, now_ns);
+        } else if !self.members.grants_count(window_ms, now_ns) {
+            // Until then the request waits; it is told again when grants count, or the store is lost.
+            self.watch(slot, now_ns + HELLO_SOON_NS);
+        } else {
+            reservation.count_alone(false);
+            self.enqueue(slot);
+        }
+        true
+    }
+
+    /// What is to be done at this time though nothing came in.
+    pub fn tick(&mut self, now_ns: u64) {
+        let keep_ms = self.keep_ms();
+        while let Some(Reverse((due_ns, slot))) = self.due.peek().copied() {
+            if due_ns > now_ns {
+                break;
+            }
+            self.due.pop();
+            let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+                continue;
+            };
+            if ledger.pending.is_some() {
+                continue;
+            }
+            if ledger.is_over(now_ns, keep_ms) {
+                ledger.reservation.count_alone(false);
+                self.untold -= usize::from(ledger.generation != self.members.generation());
+                self.ledgers[slot as usize] = None;
+                self.free.push(slot);
+                continue;
+            }
+            let (wanted, reservation) = (ledger.wanted, ledger.reservation.clone());
+            if wanted {
+                self.want(slot, &reservation, now_ns);
+            } else if ledger.has_lapsed(now_ns) || ledger.unheard || ledger.generation != self.members.generation() {
+                if self.unreachable {
+                    self.watch(slot, now_ns + 5 * HELLO_SOON_NS);
+                } else {
+                    self.enqueue(slot);
+                }
+            } else {
+                let due_ns = ledger.due_ns(keep_ms).max(now_ns + MS);
+                self.watch(slot, due_ns);
+            }
+        }
+    }
+
+    /// When [`Coordinator::tick`] and [`Coordinator::next_batch`] have something to do next.
+    pub fn next_due_ns(&self) -> u64 {
+        let due = self.due.peek().map_or(u64::MAX, |Reverse((due_ns, _))| *due_ns);
+        if self.may_say_hello() {
+            due.min(self.hello_due_ns)
+        } else {
+            due
+        }
+    }
+
+    /// The next batch to be sent, if there is anything to say. Its number comes back with [`Coordinator::answered`].
+    pub fn next_batch(&mut self, now_ns: u64) -> Option<(u64, Batch)> {
+        let mut batch = Batch::default();
+        let look = now_ns >= self.hello_due_ns && self.may_say_hello();
+        if look {
+            self.hello_due_ns = now_ns + hello_every_ns(&self.settings);
+        }
+        if look && (self.members.current().is_some() || self.nameless) {
+            let settled = self
+                .usable_ns
+                .iter()
+                .all(|(window, _)| self.members.grants_count(*window, now_ns));
+            let whole_list = !settled || self.members.current().is_none() || now_ns >= self.list_due_ns;
+            if whole_list {
+                self.list_due_ns = now_ns + LIST_EVERY_NS;
+            }
+            batch.hello = Some(self.members.hello(now_ns, whole_list));
+        }
+        let mut slots = vec![];
+        while !self.unreachable
+            && self.members.current().is_some()
+            && self.flights.len() < BATCHES
+            && slots.len() < BATCH
+        {
+            let Some(slot) = self.queue.pop_front() else { break };
+            let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
+                continue;
+            };
+            let circumstances = self.circumstances(ledger.window_ms, now_ns);
+            let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+                continue;
+            };
+            ledger.queued = false;
+            if ledger.pending.is_none() {
+                batch.asks.push((ledger.name.clone(), ledger.ask(&circumstances)));
+                slots.push(slot);
+            }
+        }
+        if !look && slots.is_empty() {
+            return None;
+        }
+        self.counts.asks += slots.len() as u64;
+        self.next_flight += 1;
+        let flight = Flight {
+            sent_ns: now_ns,
+            generation: self.members.generation(),
+            slots,
+            has_hello: look,
+            is_goodbye: self.members.left && batch.hello.is_some(),
+        };
+        self.flights.insert(self.next_flight, flight);
+        Some((self.next_flight, batch))
+    }
+
+    /// What came of a batch: its answer, or `None` where there was none in time, or an error.
+    pub fn answered(&mut self, number: u64, answer: Option<&BatchAnswer>, now_ns: u64) {
+        let Some(flight) = self.flights.remove(&number) else {
+            return;
+        };
+        let identity = answer.and_then(BatchAnswer::identity);
+        match answer {
+            Some(answer) => {
+                self.unreachable = false;
+                let took_ns = now_ns - flight.sent_ns;
+                self.round_trip_ns = (self.round_trip_ns * 7 + took_ns) / 8;
+                self.nameless = answer.token.is_none();
+                if self.nameless {
+                    self.hello_due_ns = now_ns;
+                }
+            }
+            None => {
+                self.unreachable = true;
+                self.hello_due_ns = now_ns + HELLO_SOON_NS;
+            }
+        }
+        if let Some(identity) = &identity
+            && self.members.met(identity, flight.sent_ns, now_ns)
+        {
+            self.tell_all(now_ns);
+        }
+        let is_current = identity.is_some() && identity.as_ref() == self.members.current();
+        if is_current
+            && flight.has_hello
+            && let Some(census) = answer.and_then(|answer| answer.census.as_ref())
+        {
+            let news = self.members.heard(census, flight.sent_ns, now_ns);
+            if news {
+                self.hello_due_ns = now_ns;
+            }
+            self.said_goodbye |= flight.is_goodbye;
+        }
+        let same = is_current && flight.generation == self.members.generation();
+        for (index, slot) in flight.slots.iter().enumerate() {
+            let answer = if same {
+                answer.and_then(|answer| answer.answers.get(index).copied().flatten())
+            } else {
+                None
+            };
+            self.take_in(*slot, answer, now_ns);
+        }
+        if self.untold == 0 && self.members.current().is_some() && !self.members.is_refilled() {
+            self.members.set_refilled();
+            self.hello_due_ns = now_ns;
+        }
+        self.note_usable(is_current, now_ns);
+    }
+
+    /// The longest window there is.
+    pub fn longest_window_ms(&self) -> u64 {
+        self.settings.longest_window_ms
+    }
+
+    /// Whether the gate has left and nothing is left to be told.
+    pub fn has_left(&self) -> bool {
+        self.members.left && self.queue.is_empty() && (self.said_goodbye || self.unreachable)
+    }
+
+    /// The gate ends in good order: reports what is held everywhere, and says so last. To be called until
+    /// [`Coordinator::unacked`] is 0 and nothing is left to send.
+    pub fn leave(&mut self, now_ns: u64) {
+        for slot in 0..self.ledgers.len() {
+            if let Some(ledger) = &mut self.ledgers[slot] {
+                ledger.give_up();
+            }
+            self.enqueue(slot as u32);
+        }
+        self.members.left = true;
+        self.hello_due_ns = now_ns;
+    }
+
+    /// While the store cannot be reached, one hello looks for it; else a slow store hears several at once.
+    fn may_say_hello(&self) -> bool {
+        let under_way = self.flights.values().filter(|flight| flight.has_hello).count();
+        under_way < if self.unreachable { 1 } else { HELLOS }
+    }
+
+    fn take_in(&mut self, slot: u32, answer: Option<super::protocol::Answer>, now_ns: u64) {
+        let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
+            return;
+        };
+        let window_ms = ledger.window_ms;
+        let circumstances = self.circumstances(window_ms, now_ns);
+        let generation = self.members.generation();
+        let keep_ms = self.keep_ms();
+        let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+            return;
+        };
+        let was_told = ledger.generation == generation;
+        match answer {
+            None => self.counts.lost += 1,
+            Some(super::protocol::Answer::Done(grant)) if circumstances.grants_count => {
+                self.counts.granted += u64::from(grant.permits);
+                self.counts.denied += u64::from(grant.permits == 0 && ledger.wants_now());
+            }
+            Some(_) => {}
+        }
+        let again = ledger.answered(answer, circumstances.grants_count, &circumstances);
+        let is_told = ledger.generation == generation;
+        let due_ns = ledger.due_ns(keep_ms);
+        if is_told && !was_told {
+            self.untold -= 1;
+        }
+        if (!is_told || (again && circumstances.grants_count)) && !self.unreachable {
+            self.enqueue(slot);
+        } else if again || !is_told {
+            self.watch(slot, now_ns + HELLO_SOON_NS);
+        } else {
+            self.watch(slot, due_ns.max(now_ns + MS));
+        }
+    }
+
+    /// Under a new identity everything is told again.
+    fn tell_all(&mut self, now_ns: u64) {
+        self.counts.identities += 1;
+        self.untold = 0;
+        let generation = self.members.generation();
+        for slot in 0..self.ledgers.len() as u32 {
+            let Some(ledger) = &mut self.ledgers[slot as usize] else {
+                continue;
+            };
+            if ledger.has_something_to_tell() {
+                self.untold += 1;
+                self.enqueue(slot);
+            } else {
+                ledger.generation = generation;
+            }
+        }
+        self.hello_due_ns = now_ns;
+    }
+
+    /// The store is lost: what the policy says.
+    fn fall_back(&mut self, slot: u32, now_ns: u64) {
+        let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
+            return;
+        };
+        let window_ms = ledger.window_ms;
+        let circumstances = self.circumstances(window_ms, now_ns);
+        let gates = self.members.count(window_ms, now_ns);
+        let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+            return;
+        };
+        let gave = match self.settings.on_loss {
+            OnLoss::Closed => false,
+            OnLoss::Share => {
+                let given = ledger.give_share(gates, &circumstances);
+                if given > 0 {
+                    let taken = Counts {
+                        shared: u64::from(given),
+                        fewest_gates: circumstances.gates,
+                        ..Counts::default()
+                    };
+                    self.counts.add(&taken);
+                }
+                given > 0 || ledger.reservation.left() > 0
+            }
+            OnLoss::Local => {
+                ledger.reservation.count_alone(true);
+                true
+            }
+        };
+        let again_ns = now_ns + 50 * MS;
+        if gave {
+            ledger.wanted = self.settings.on_loss == OnLoss::Local;
+        } else {
+            // Refused at once, rather than after a wait that is of no use.
+            ledger.reservation.nothing_until(again_ns);
+        }
+        self.watch(slot, again_ns);
+    }
+
+    fn note_usable(&mut self, answered: bool, now_ns: u64) {
+        for index in 0..self.usable_ns.len() {
+            let (window_ms, _) = self.usable_ns[index];
+            if answered && self.members.grants_count(window_ms, now_ns) {
+                self.usable_ns[index].1 = now_ns;
+            } else if self.members.current().is_some() {
+                self.hello_due_ns = self.hello_due_ns.min(now_ns + HELLO_SOON_NS);
+            }
+        }
+    }
+
+    fn circumstances(&self, window_ms: u64, now_ns: u64) -> Circumstances {
+        Circumstances {
+            now_ns,
+            generation: self.members.generation(),
+            grants_count: self.members.grants_count(window_ms, now_ns),
+            gates: self.members.count(window_ms, now_ns).unwrap_or(1),
+            round_trip_ns: self.round_trip_ns,
+            slack_ms: self.members.slack_ms(window_ms, now_ns),
+            keep_ms: self.keep_ms(),
+        }
+    }
+
+    fn keep_ms(&self) -> u64 {
+        self.settings.max_clock_skew.as_millis() as u64
+    }
+
+    fn enqueue(&mut self, slot: u32) {
+        if let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize)
+            && !ledger.queued
+            && ledger.pending.is_none()
+        {
+            ledger.queued = true;
+            self.queue.push_back(slot);
+        }
+    }
+
+    fn watch(&mut self, slot: u32, due_ns: u64) {
+        self.due.push(Reverse((due_ns, slot)));
+    }
+}
