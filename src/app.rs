@@ -3,6 +3,7 @@
 //! A process is a gate, a control plane, or both; the sections of its configuration decide. Whatever the roles, the
 //! gate follows the control plane over HTTP, also within one process: there is one way for keys to arrive.
 
+mod cluster;
 mod demo;
 mod lifecycle;
 mod listeners;
@@ -10,6 +11,7 @@ mod metrics;
 mod settings;
 
 use crate::clock::Clock;
+use crate::cluster::Cluster;
 use crate::config::{self, Config};
 use crate::control::ControlPlane;
 use crate::feed::Feed;
@@ -226,6 +228,7 @@ struct Process {
 /// The parts of a gate.
 struct GateRole {
     gate: Arc<Gate>,
+    cluster: Option<Cluster>,
     proxy: Proxy,
     feed: Arc<Feed>,
     meter: Arc<Meter>,
@@ -239,7 +242,6 @@ struct GateRole {
 impl Process {
     /// Binds every socket and loads what is on disk, so that whatever can fail fails before anything runs.
     fn assemble(config: Config, config_path: Option<PathBuf>, demo: Option<BoundListener>) -> Result<Self, AppError> {
-        settings::refuse_what_is_not_built(&config)?;
         let clock = Clock::system();
         let control = config
             .control
@@ -534,7 +536,9 @@ impl GateRole {
             return Err(AppError::internal("no gate is configured"));
         };
         let failed = |error: &dyn fmt::Display| AppError::Failed(error.to_string());
-        let gate = Arc::new(Gate::new(settings::gate(config)?).map_err(|error| failed(&error))?);
+        let cluster = cluster::assemble(config, clock)?;
+        let gate = Gate::new(settings::gate(config)?).map_err(|error| failed(&error))?;
+        let gate = Arc::new(if cluster.is_some() { gate.sharing_limits() } else { gate });
         let feed_settings = settings::feed(config, bound)?;
         let meter_settings = meter::Settings::new(
             &gate_config.name,
@@ -567,6 +571,9 @@ impl GateRole {
         let log = access_log.as_ref().map(|(log, _)| log.clone());
         let proxy = Proxy::new(&settings::proxy(config, bound)?, gate.clone(), clock.clone(), log)
             .map_err(|bad| AppError::internal(format!("{:?} cannot start a header's name", bad.0)))?;
+        if let Some(cluster) = &cluster {
+            proxy.share_limits(Arc::new(cluster::Limits(cluster.clone())));
+        }
         let listeners = gate_config
             .listen
             .iter()
@@ -585,6 +592,7 @@ impl GateRole {
             in_flight: proxy.in_flight(),
             proxy,
             gate,
+            cluster,
             feed: Arc::new(feed),
             meter: Arc::new(meter),
             listeners,
@@ -640,6 +648,17 @@ impl GateRole {
         let checked = self.proxy.clone();
         let checks = async move { checked.check_health().await };
         server.add_service(background_service("health checks", Task::new(checks)));
+        if let Some(cluster) = self.cluster {
+            let ended = lifecycle.reached(Stage::Settling);
+            let running = lifecycle.task(Stage::Settling);
+            server.add_service(background_service(
+                "cluster",
+                Task::new(async move {
+                    let _running = running;
+                    cluster.run(ended).await;
+                }),
+            ));
+        }
         let (gate, clock) = (self.gate, clock.clone());
         server.add_service(background_service("housekeeping", Task::new(housekeeping(gate, clock))));
         self.access_log.map(|(_, writer)| writer)

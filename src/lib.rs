@@ -11,7 +11,7 @@
 //! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
 //!
 //! Chapters of the manual: [`architecture`] is how it fits together, [`limits`] what a limit promises, [`embedding`] for
-//! services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL, replicas, backup), [`operations`], [`metrics`],
+//! services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL, replicas, backup), [`running_many_gates`], [`operations`], [`metrics`],
 //! [`security`].
 #![forbid(unsafe_code)]
 
@@ -37,6 +37,8 @@ pub mod metrics {}
 #[doc = include_str!("manual/operations.md")]
 pub mod operations {}
 pub mod proxy;
+#[doc = include_str!("manual/cluster.md")]
+pub mod running_many_gates {}
 #[doc = include_str!("manual/security.md")]
 pub mod security {}
 pub mod telemetry;

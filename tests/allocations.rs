@@ -380,3 +380,46 @@ fn no_decision_allocates_on_threads_that_share_keys() {
         }
     });
 }
+
+/// A gate that shares its limits decides from what is reserved: no allocation, and nobody is called. What a permit or a
+/// refusal says of more being wanted is an `Arc` that was there.
+#[test]
+fn a_decision_from_a_reservation_allocates_nothing() {
+    let gate = fixture().sharing_limits();
+    let clock = Clock::manual(START_MS);
+    for case in cases()
+        .iter()
+        .filter(|case| case.name.starts_with("allow,") && !case.name.contains("public"))
+    {
+        let reserve = || match ask(&gate, case.path, &case.headers, case.client, clock.now()) {
+            Err(refusal) => refusal.wanted().unwrap().reservation.clone(),
+            Ok(_) => panic!("{}: nothing was reserved yet", case.name),
+        };
+        let reservation = reserve();
+        // Empty: refused, with a word that more may be had.
+        watch_shared(&gate, case, &clock, "RATE_LIMITED");
+        reservation.refill(DECISIONS / 2, u64::MAX, DECISIONS);
+        watch_shared(&gate, case, &clock, PASSED);
+        reservation.take_back();
+        reservation.nothing_until(u64::MAX);
+        watch_shared(&gate, case, &clock, "RATE_LIMITED");
+        reservation.nothing_until(0);
+    }
+}
+
+fn watch_shared(gate: &Gate, case: &Case, clock: &Clock, ends_in: &str) {
+    end_of(gate, case, clock);
+    let (wrong, calls) = calls_in(|| {
+        let wrong = |_: &u32| {
+            clock.advance(Duration::from_millis(100));
+            end_of(gate, case, clock) != ends_in
+        };
+        (0..DECISIONS / 4).filter(wrong).count()
+    });
+    assert_eq!(
+        (wrong, calls),
+        (0, 0),
+        "{}, {ends_in}: wrong ends, calls of the allocator",
+        case.name
+    );
+}

@@ -19,16 +19,6 @@ pub struct Bound {
     pub control: Option<SocketAddr>,
 }
 
-/// Says no to settings whose promise this version cannot keep.
-pub fn refuse_what_is_not_built(config: &Config) -> Result<(), AppError> {
-    if config.cluster.is_some() {
-        let message = "cluster: counts are not shared between gates in this version; without the section each gate \
-                       enforces the limits by itself";
-        return Err(AppError::Failed(message.to_owned()));
-    }
-    Ok(())
-}
-
 /// The gate's settings.
 pub fn gate(config: &Config) -> Result<gate::Settings, AppError> {
     let Some(gate) = &config.gate else {

@@ -366,7 +366,7 @@ impl Ledger {
         }
         if pending.want > 0 && grant.permits < pending.want && grant.valid_ms > 0 {
             // Others may give back before the oldest leaves: looked for now and then.
-            let look_again_ms = (self.bucket_ns() / MS).clamp(5, 1_000);
+            let look_again_ms = (self.bucket_ns() / MS).clamp(5, 250);
             self.reservation
                 .nothing_until(now.now_ns + grant.leaves_ms.min(look_again_ms) * MS);
         } else {

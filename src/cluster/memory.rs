@@ -98,27 +98,26 @@ impl Hash {
         let horizon = |slack: u64| epoch_at(now.saturating_sub(slack)).saturating_sub(buckets + 1);
         let (gone, past) = (horizon(ask.keep_ms), horizon(ask.slack_ms));
 
-        let fresh;
         let mut change: BTreeMap<u64, i64> = BTreeMap::new();
         let mut add = |epoch: u64, count: i64| {
             if epoch > gone {
                 *change.entry(epoch).or_default() += count;
             }
         };
-        match (&known, &ask.history) {
+        let fresh = match (&known, &ask.history) {
             (None, None) => return Answer::Unknown,
             (Some(known), _) => {
                 add(known.label, -i64::from(known.reserved));
-                fresh = ask.spent as i64 - known.spent as i64;
+                ask.spent as i64 - known.spent as i64
             }
             (None, Some(history)) => {
                 history
                     .counts
                     .iter()
                     .for_each(|(epoch, count)| add(*epoch, *count as i64));
-                fresh = ask.spent as i64 - history.base as i64;
+                ask.spent as i64 - history.base as i64
             }
-        }
+        };
         let stamp = if ask.spent_until > 0 {
             epoch.min(ask.spent_until)
         } else {
@@ -170,7 +169,7 @@ impl Hash {
             permits,
             label,
             valid_ms: ((label + 1) * window / buckets) as i64 - now as i64 - 1,
-            total: live + i64::from(reserved),
+            total: live + if label > past { i64::from(reserved) } else { 0 },
             leaves_ms,
             stamp,
         })

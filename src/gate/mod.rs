@@ -34,7 +34,7 @@ pub use resync::Resync;
 pub use route::{Access, Pattern, PublicLimit, RequiredScope, Route, Tier};
 pub use update::{KeyError, KeyUpdate, SecretUpdate};
 pub use usage::{PermitUse, RefusalUse, SecretUse, WindowState};
-pub use verdict::{Holder, IdentityHeaders, Permit, PermitTicket, REASON_CODES, RateStatus, Reason, Refusal};
+pub use verdict::{Holder, IdentityHeaders, Permit, PermitTicket, REASON_CODES, RateStatus, Reason, Refusal, Wanted};
 
 use crate::clock::Now;
 use arc_swap::{ArcSwap, Guard};
@@ -43,7 +43,8 @@ use http::{HeaderMap, Method};
 use key::SecretDigest;
 use limit::Limit;
 use policy::{NameTables, Plan, Policy};
-use quota::{GivenBack, InFlight, KeyWindows, Outcome};
+use quota::{GivenBack, InFlight, KeyWindows, Outcome, SharedOutcome};
+use reservation::Reservation;
 use retired::Retired;
 use scope::NameId;
 use slots::{Mark, Slot, SlotId, Slots};
@@ -77,6 +78,8 @@ pub struct RequestHead<'a> {
 pub struct Gate {
     in_force: ArcSwap<InForce>,
     stale: AtomicBool,
+    /// Limits of keys are shared with other gates.
+    shares_limits: bool,
     slots: Slots,
     names: NameTables,
     /// Absent while a resync has it.
@@ -105,6 +108,7 @@ impl Gate {
                 snapshot: None,
             }),
             stale: AtomicBool::new(false),
+            shares_limits: false,
             slots: Slots::new(),
             names,
             writer: Mutex::new(Some(Box::new(Writer::new()))),
@@ -115,6 +119,31 @@ impl Gate {
             refusals: RefusalCounts::default(),
             leftovers: Mutex::default(),
         })
+    }
+
+    /// The gate, its keys' limits shared with other gates: it gives only what was reserved ([`reservation`]), and says with
+    /// permits and refusals when more is wanted.
+    pub fn sharing_limits(self) -> Self {
+        Gate {
+            shares_limits: true,
+            ..self
+        }
+    }
+
+    /// Counts a refusal that was not the last word when it was made ([`Refusal::wanted`]) and is now.
+    pub fn count_refusal(&self, refusal: &Refusal, now: Now) {
+        let (Some(wanted), Some(counted), Some(route)) = (&refusal.wanted, &refusal.counted, &refusal.route) else {
+            return;
+        };
+        let (Some(slot), Some(tier)) = (self.slots.get(wanted.owner), route.tier()) else {
+            return;
+        };
+        let windows = slot.windows.load();
+        if let Some(windows) = &*windows
+            && windows.add_refusal(tier.id, counted.limit, now.elapsed_ns).is_ok()
+        {
+            self.slots.mark(wanted.owner, Mark::Permits);
+        }
     }
 
     /// Puts other settings in force. Limits apply at once to what is counted already.
@@ -229,6 +258,7 @@ impl Gate {
                             route: Some(route.clone()),
                             holder: None,
                             counted: Some(status(0, reset_s)),
+                            wanted: None,
                         });
                     }
                 }
@@ -242,6 +272,7 @@ impl Gate {
             sandbox: false,
             secret: None,
             _in_flight: None,
+            wanted: None,
         })
     }
 
@@ -308,6 +339,9 @@ impl Gate {
             // Every tier of a compiled policy has a limit in every plan of it.
             return refuse(Reason::NotReady);
         };
+        if self.shares_limits {
+            return self.take_shared(rule, key, plan, limit, now);
+        }
         let (counted, in_flight) = self.take_permit(rule, key, windows, plan, limit, now)?;
         Ok(Permit {
             route: rule.route.clone(),
@@ -317,7 +351,125 @@ impl Gate {
             sandbox: rule.policy.sandboxes.contains(terms.environment_id),
             secret: None,
             _in_flight: in_flight,
+            wanted: None,
         })
+    }
+
+    /// [`Gate::take_permit`] where the limit is shared with other gates.
+    #[inline(never)]
+    fn take_shared(
+        &self,
+        rule: &Rule<'_>,
+        key: &Key<'_>,
+        plan: &Plan,
+        limit: Limit,
+        now: Now,
+    ) -> Result<Permit, Refusal> {
+        let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
+        let limited = |retry_after_s, reset_s| {
+            let mut refusal = rule.refusal_of(Reason::RateLimited { retry_after_s }, key);
+            refusal.counted = Some(Counted {
+                limit,
+                remaining: 0,
+                reset_s,
+            });
+            refusal
+        };
+        let mut spent = None;
+        loop {
+            let loaded = key.slot.windows.load();
+            let made;
+            let windows = match &*loaded {
+                Some(windows) => windows,
+                None => {
+                    made = self.windows_of(key.owner, key.slot, tier, limit, now);
+                    &made
+                }
+            };
+            let given_back = |GivenBack| {
+                // Whoever gives windows back takes them out of the slot next; nobody waits for it.
+                key.slot.windows.compare_and_swap(&loaded, None);
+            };
+            if spent.is_none() {
+                let make = || Reservation::new(key.slot.key_id().as_str(), &rule.tier.name, limit);
+                let reservation = match windows.reservation(tier, limit, make) {
+                    Ok(reservation) => reservation,
+                    Err(gone) => {
+                        given_back(gone);
+                        continue;
+                    }
+                };
+                let entered = plan.max_in_flight.map(|cap| windows.enter(cap));
+                if entered == Some(false) {
+                    return Err(rule.refusal_of(Reason::TooManyInFlight, key));
+                }
+                let in_flight = entered.map(|_| InFlight::entered(windows.clone()));
+                let mut tell = false;
+                match windows.take_shared(&reservation, tier, limit, now_ns, &mut tell) {
+                    Err(gone) => {
+                        given_back(gone);
+                        continue;
+                    }
+                    Ok(SharedOutcome::Limited { retry_after_s }) => {
+                        self.slots.mark(key.owner, Mark::Permits);
+                        return Err(limited(retry_after_s, retry_after_s));
+                    }
+                    Ok(SharedOutcome::Dry) => {
+                        let mut refusal = limited(1, reservation.reset_s(now_ns));
+                        refusal.wanted = Some(Wanted {
+                            reservation,
+                            tell,
+                            owner: key.owner,
+                        });
+                        return Err(refusal);
+                    }
+                    Ok(SharedOutcome::Alone(Outcome::Limited { retry_after_s, reset_s })) => {
+                        self.slots.mark(key.owner, Mark::Permits);
+                        return Err(limited(retry_after_s, reset_s));
+                    }
+                    Ok(SharedOutcome::Alone(Outcome::Taken { taken, newly_active })) => {
+                        self.note_active(key.owner, newly_active);
+                        let counted = Counted {
+                            limit,
+                            remaining: taken.remaining,
+                            reset_s: taken.reset_s,
+                        };
+                        return Ok(shared_permit(rule, key, counted, in_flight, None));
+                    }
+                    Ok(SharedOutcome::Spent { remaining, reset_s }) => {
+                        let counted = Counted {
+                            limit,
+                            remaining: remaining.min(limit.permits()),
+                            reset_s,
+                        };
+                        spent = Some(shared_permit(
+                            rule,
+                            key,
+                            counted,
+                            in_flight,
+                            tell.then_some(reservation),
+                        ));
+                    }
+                }
+            }
+            // What was spent is recorded, if need be in windows that came after.
+            match windows.record(tier, limit, now_ns) {
+                Err(gone) => given_back(gone),
+                Ok(newly_active) => {
+                    self.note_active(key.owner, newly_active);
+                    if let Some(permit) = spent.take() {
+                        return Ok(permit);
+                    }
+                }
+            }
+        }
+    }
+
+    fn note_active(&self, owner: SlotId, newly_active: bool) {
+        if newly_active {
+            self.slots.mark(owner, Mark::Permits);
+            self.slots.mark(owner, Mark::Windows);
+        }
     }
 
     #[inline]
@@ -417,6 +569,25 @@ struct Rule<'a> {
     environments: Option<&'a scope::NameSet>,
 }
 
+fn shared_permit(
+    rule: &Rule<'_>,
+    key: &Key<'_>,
+    counted: Counted,
+    in_flight: Option<InFlight>,
+    wanted: Option<Arc<Reservation>>,
+) -> Permit {
+    Permit {
+        route: rule.route.clone(),
+        holder: Some(key.holder()),
+        counted: Some(counted),
+        credential_in_authorization: false,
+        sandbox: rule.policy.sandboxes.contains(key.terms.environment_id),
+        secret: None,
+        _in_flight: in_flight,
+        wanted,
+    }
+}
+
 /// The key that a request carries.
 struct Key<'a> {
     owner: SlotId,
@@ -443,6 +614,7 @@ impl Rule<'_> {
             route: Some(self.route.clone()),
             holder: None,
             counted: None,
+            wanted: None,
         }
     }
 

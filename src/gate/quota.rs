@@ -14,8 +14,11 @@
 //!   succeeds, after which nothing can be pushed, is the whole [`KeyWindows`] taken out of the key's slot. A
 //!   request that meets the sentinel looks the slot up again. If a push came first, the closed windows are
 //!   replaced on demand like any other.
+//! - **Reserve**: where the limit is shared with other gates, a [`Reservation`] for the tier is pushed on `more` like a
+//!   window. It decides; the window then only records what was given, for the journal.
 
 use super::limit::Limit;
+use super::reservation::{Reservation, Spend};
 use super::scope::NameId;
 use super::window::{Refused, Taken, Window, WindowCounts};
 use arc_swap::ArcSwapOption;
@@ -43,9 +46,29 @@ struct TierWindow {
 #[derive(Debug)]
 struct Node {
     tier: NameId,
-    /// `None` in the sentinel that says these windows are given back.
-    own: Option<TierWindow>,
+    held: Held,
     next: Option<Arc<Node>>,
+}
+
+#[derive(Debug)]
+enum Held {
+    Window(TierWindow),
+    Reservation(Arc<Reservation>),
+    /// The sentinel that says these windows are given back.
+    Nothing,
+}
+
+impl Node {
+    fn window(&self) -> Option<&TierWindow> {
+        match &self.held {
+            Held::Window(own) => Some(own),
+            _ => None,
+        }
+    }
+
+    fn is_sentinel(&self) -> bool {
+        matches!(self.held, Held::Nothing)
+    }
 }
 
 /// `[refusals:28 | permits:36]` that the meter has not drained yet. It comes every second; 2^36 permits of one key are
@@ -91,6 +114,19 @@ pub(super) enum Outcome {
     },
 }
 
+/// How taking a permit of a shared limit ended.
+#[derive(Debug)]
+pub(super) enum SharedOutcome {
+    /// A permit was spent. It is yet to be recorded ([`KeyWindows::record`]).
+    Spent { remaining: u32, reset_s: u32 },
+    /// The window's own count decided.
+    Alone(Outcome),
+    /// The limit is reached.
+    Limited { retry_after_s: u32 },
+    /// Nothing is reserved, and more may be had.
+    Dry,
+}
+
 impl KeyWindows {
     /// Windows of a key that is first used in this tier now.
     pub fn new(tier: NameId, limit: Limit, now_ns: u64) -> Self {
@@ -118,6 +154,90 @@ impl KeyWindows {
                 }
             })
         })
+    }
+
+    /// One permit of a limit that is shared with other gates, from `reservation`. Allocates nothing. `tell`: somebody has
+    /// to be told that more is wanted.
+    pub fn take_shared(
+        &self,
+        reservation: &Reservation,
+        tier: NameId,
+        limit: Limit,
+        now_ns: u64,
+        tell: &mut bool,
+    ) -> Result<SharedOutcome, GivenBack> {
+        Ok(match reservation.spend(limit.permits(), 1, now_ns) {
+            Spend::Spent { ask } => {
+                *tell = ask;
+                SharedOutcome::Spent {
+                    remaining: reservation.remaining(),
+                    reset_s: reservation.reset_s(now_ns),
+                }
+            }
+            Spend::Dry { ask } => {
+                *tell = ask;
+                SharedOutcome::Dry
+            }
+            Spend::Nothing => {
+                self.add_refusal(tier, limit, now_ns)?;
+                SharedOutcome::Limited {
+                    retry_after_s: reservation.reset_s(now_ns),
+                }
+            }
+            Spend::Alone => {
+                let outcome = self.take(tier, limit, now_ns)?;
+                if matches!(outcome, Outcome::Taken { .. }) {
+                    reservation.spent_alone(1);
+                }
+                SharedOutcome::Alone(outcome)
+            }
+        })
+    }
+
+    /// Records a permit that a reservation gave: in the window, as far as it holds it, and for the meter. Whether the key
+    /// is newly active.
+    pub fn record(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<bool, GivenBack> {
+        self.on_window(tier, limit, now_ns, |own| match own.window.take(limit, 1, now_ns) {
+            Err(Refused::Retired | Refused::Outgrown) => Err(Replace),
+            // The shared count is the one that matters, and it is a little finer than the window's.
+            Ok(_) | Err(_) => Ok(own.undrained.add_permit()),
+        })
+    }
+
+    /// Counts a refusal.
+    pub fn add_refusal(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<(), GivenBack> {
+        self.on_window(tier, limit, now_ns, |own| {
+            own.undrained.add_refusal();
+            Ok(())
+        })
+    }
+
+    /// The tier's reservation for windows of the limit's length, made if there is none.
+    pub fn reservation(
+        &self,
+        tier: NameId,
+        limit: Limit,
+        make: impl Fn() -> Reservation,
+    ) -> Result<Arc<Reservation>, GivenBack> {
+        loop {
+            let head = self.more.load();
+            let mut next = head.as_ref();
+            while let Some(node) = next {
+                match &node.held {
+                    Held::Nothing => return Err(GivenBack),
+                    Held::Reservation(own) if node.tier == tier && own.window_ms() == limit.window_ms() => {
+                        return Ok(own.clone());
+                    }
+                    _ => next = node.next.as_ref(),
+                }
+            }
+            let node = Node {
+                tier,
+                held: Held::Reservation(Arc::new(make())),
+                next: head.clone(),
+            };
+            self.more.compare_and_swap(&head, Some(Arc::new(node)));
+        }
     }
 
     /// Whether a permit could be had now; spends nothing. `Ok(None)`: it could.
@@ -157,9 +277,7 @@ impl KeyWindows {
     ) -> Result<R, GivenBack> {
         loop {
             let head = self.more.load();
-            if let Some(node) = &*head
-                && node.own.is_none()
-            {
+            if head.as_ref().is_some_and(|node| node.is_sentinel()) {
                 return Err(GivenBack);
             }
             let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier == tier).then_some(&self.first));
@@ -174,7 +292,7 @@ impl KeyWindows {
             };
             let node = Node {
                 tier,
-                own: Some(TierWindow::new(window)),
+                held: Held::Window(TierWindow::new(window)),
                 next: head.clone(),
             };
             // Failing means that another thread pushed first: search again, and drop ours.
@@ -227,7 +345,7 @@ impl KeyWindows {
     pub fn restore(&self, tier: NameId, limit: Limit, counts: &WindowCounts, now_ns: u64) -> Result<(), GivenBack> {
         loop {
             let head = self.more.load();
-            if head.as_ref().is_some_and(|node| node.own.is_none()) {
+            if head.as_ref().is_some_and(|node| node.is_sentinel()) {
                 return Err(GivenBack);
             }
             let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier == tier).then_some(&self.first));
@@ -238,7 +356,7 @@ impl KeyWindows {
             let window = Window::import(limit, &all, now_ns);
             let node = Node {
                 tier,
-                own: Some(TierWindow::new(window)),
+                held: Held::Window(TierWindow::new(window)),
                 next: head.clone(),
             };
             let before = self.more.compare_and_swap(&head, Some(Arc::new(node)));
@@ -262,7 +380,7 @@ impl KeyWindows {
         }
         let closed = Arc::new(Node {
             tier: self.first_tier,
-            own: None,
+            held: Held::Nothing,
             next: head.clone(),
         });
         let before = self.more.compare_and_swap(&head, Some(closed));
@@ -273,7 +391,7 @@ impl KeyWindows {
         let head = self.more.load();
         let mut next = head.as_ref();
         while let Some(node) = next {
-            if let Some(own) = &node.own {
+            if let Some(own) = node.window() {
                 each(node.tier, own);
             }
             next = node.next.as_ref();
@@ -300,8 +418,8 @@ fn limited(refused: Refused) -> Result<Outcome, Replace> {
 fn newest(head: Option<&Arc<Node>>, tier: NameId) -> Option<&TierWindow> {
     let mut next = head;
     while let Some(node) = next {
-        if let Some(own) = &node.own
-            && node.tier == tier
+        if node.tier == tier
+            && let Some(own) = node.window()
         {
             return Some(own);
         }

@@ -5,7 +5,9 @@
 use super::key::{KeyId, SecretDigest};
 use super::limit::Limit;
 use super::quota::InFlight;
+use super::reservation::Reservation;
 use super::route::{Route, Tier};
+use super::slots::SlotId;
 use super::terms::Terms;
 use http::HeaderValue;
 use std::sync::Arc;
@@ -22,6 +24,7 @@ pub struct Permit {
     pub(super) sandbox: bool,
     pub(super) secret: Option<SecretDigest>,
     pub(super) _in_flight: Option<InFlight>,
+    pub(super) wanted: Option<Arc<Reservation>>,
 }
 
 impl Permit {
@@ -44,6 +47,11 @@ impl Permit {
     /// credential was looked at, and none is taken for one.
     pub fn credential_in_authorization(&self) -> bool {
         self.credential_in_authorization
+    }
+
+    /// The reservation of a limit shared with other gates that has run low: more is to be asked for.
+    pub fn wanted(&self) -> Option<&Arc<Reservation>> {
+        self.wanted.as_ref()
     }
 
     /// What to ask [`super::Gate::still_permits`] with, for as long as the connection lasts.
@@ -151,9 +159,25 @@ pub struct Refusal {
     /// Whose key it was, where that is known.
     pub holder: Option<Holder>,
     pub(super) counted: Option<Counted>,
+    pub(super) wanted: Option<Wanted>,
+}
+
+/// A refusal that may not be the last word: the limit is shared with other gates, and what was reserved of it has run dry.
+#[derive(Debug)]
+pub struct Wanted {
+    /// To be asked for, and waited for; then the gate is to be asked again.
+    pub reservation: Arc<Reservation>,
+    /// Nobody was told yet that more is wanted.
+    pub tell: bool,
+    pub(super) owner: SlotId,
 }
 
 impl Refusal {
+    /// More permits may be had, and the request may wait for them.
+    pub fn wanted(&self) -> Option<&Wanted> {
+        self.wanted.as_ref()
+    }
+
     /// What is left of the limit, where a permit was asked for.
     pub fn rate(&self) -> Option<RateStatus<'_>> {
         status(self.route.as_ref(), self.counted)

@@ -13,6 +13,7 @@ mod key_counts;
 mod metrics;
 mod request_id;
 pub mod response;
+mod shared;
 pub mod slots;
 mod steps;
 pub mod strict;
@@ -22,6 +23,7 @@ mod wire;
 pub use embed::GateProxy;
 pub use metrics::{BUCKETS_US, ProxyMetrics};
 pub use response::{Answer, ResponseSettings};
+pub use shared::SharedLimits;
 pub use steps::refuse;
 pub use upstream::health::HealthSettings;
 pub use upstream::{Balance, ServerSettings, Timeouts, UpstreamSettings, UpstreamTls};
@@ -46,8 +48,8 @@ use pingora::{Error, ErrorSource, ErrorType};
 use request_id::RequestIds;
 use response::X_REQUEST_ID;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use steps::{OurHeaders, host_of};
 use tokio::sync::Notify;
@@ -85,6 +87,7 @@ struct Inner {
     metrics: Arc<ProxyMetrics>,
     key_counts: Option<KeyCounts>,
     in_flight: Arc<AtomicU64>,
+    shared: OnceLock<Arc<dyn SharedLimits>>,
 }
 
 /// Settings, made ready for the request path.
@@ -121,6 +124,7 @@ impl Proxy {
             metrics: Arc::new(ProxyMetrics::default()),
             key_counts: settings.count_keys.then(KeyCounts::default),
             in_flight: Arc::default(),
+            shared: OnceLock::new(),
         })))
     }
 
@@ -166,6 +170,12 @@ impl Proxy {
             }
             self.0.reloaded.notified().await;
         }
+    }
+
+    /// Lets requests wait for permits of limits that the gate shares with others ([`Gate::sharing_limits`]). Once.
+    pub fn share_limits(&self, limits: Arc<dyn SharedLimits>) {
+        // A second time would be a mistake of ours; the first one holds.
+        let _ = self.0.shared.set(limits);
     }
 
     /// What has been counted.
@@ -332,7 +342,14 @@ impl ProxyHttp for Proxy {
             self.answer(session, context, &Answer::method_not_allowed()).await?;
             return Ok(true);
         }
-        match steps::check(&self.0.gate, session, context.client, context.now) {
+        let decided = match self.0.shared.get() {
+            None => steps::check(&self.0.gate, session, context.client, context.now),
+            Some(limits) => {
+                let (gate, clock) = (&self.0.gate, &self.0.clock);
+                shared::check(limits.as_ref(), gate, clock, session, context.client, context.now).await
+            }
+        };
+        match decided {
             Ok(permit) => {
                 if edge::filter_upgrade(session.req_header_mut(), permit.route().upgrade) {
                     self.end_with_its_key(session, &permit);

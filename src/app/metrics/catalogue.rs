@@ -56,6 +56,23 @@ pub const GROUPS: &[Group] = &[
             &JOURNAL_FAILING,
         ],
     ),
+    (
+        "Shared counts",
+        &[
+            &CLUSTER_USABLE,
+            &CLUSTER_GATES,
+            &CLUSTER_WINDOWS,
+            &CLUSTER_UNACKED,
+            &CLUSTER_CALLS,
+            &CLUSTER_LOST,
+            &CLUSTER_GRANTED,
+            &CLUSTER_DENIED,
+            &CLUSTER_SHARED,
+            &CLUSTER_IDENTITIES,
+            &CLUSTER_WAITED,
+            &CLUSTER_WAITED_IN_VAIN,
+        ],
+    ),
     ("Control plane", &[&CONTROL_REVISION, &CONTROL_GATE_REVISION]),
     (
         "Process",
@@ -273,6 +290,64 @@ pub static MAX_FDS: Description = Description::gauge(
     "process_max_fds",
     &[],
     "File descriptors that may be open: the soft limit.",
+);
+
+pub static CLUSTER_USABLE: Description = Description::gauge(
+    "tollgate_cluster_usable",
+    &[],
+    "1 while grants of the store count, for windows of every length.",
+);
+pub static CLUSTER_GATES: Description = Description::gauge(
+    "tollgate_cluster_gates",
+    &[],
+    "Gates that share the limits, this one included, as far as it was ever heard.",
+);
+pub static CLUSTER_WINDOWS: Description = Description::gauge(
+    "tollgate_cluster_windows",
+    &[],
+    "Windows that this gate shares at the moment.",
+);
+pub static CLUSTER_UNACKED: Description = Description::gauge(
+    "tollgate_cluster_unacked",
+    &[],
+    "Windows whose calls the store has not answered yet.",
+);
+pub static CLUSTER_CALLS: Description = Description::counter(
+    "tollgate_cluster_calls_total",
+    &[],
+    "Calls to the store, each for one window.",
+);
+pub static CLUSTER_LOST: Description = Description::counter(
+    "tollgate_cluster_lost_total",
+    &[],
+    "Calls without an answer that could be used.",
+);
+pub static CLUSTER_GRANTED: Description =
+    Description::counter("tollgate_cluster_granted_total", &[], "Permits that the store granted.");
+pub static CLUSTER_DENIED: Description = Description::counter(
+    "tollgate_cluster_denied_total",
+    &[],
+    "Calls that wanted permits and were granted none.",
+);
+pub static CLUSTER_SHARED: Description = Description::counter(
+    "tollgate_cluster_shared_total",
+    &[],
+    "Permits that were given out of the gate's share while the store was lost.",
+);
+pub static CLUSTER_IDENTITIES: Description = Description::counter(
+    "tollgate_cluster_identities_total",
+    &[],
+    "How often another store, or another content of it, was met.",
+);
+pub static CLUSTER_WAITED: Description = Description::counter(
+    "tollgate_cluster_waited_total",
+    &[],
+    "Requests that waited for permits.",
+);
+pub static CLUSTER_WAITED_IN_VAIN: Description = Description::counter(
+    "tollgate_cluster_waited_in_vain_total",
+    &[],
+    "Requests that waited and were refused.",
 );
 
 /// The reference page.

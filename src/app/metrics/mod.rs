@@ -6,6 +6,7 @@ pub use catalogue::{GROUPS, reference};
 
 use super::GateRole;
 use crate::clock::Clock;
+use crate::cluster::{Cluster, Status};
 use crate::control::ControlPlane;
 use crate::feed::{Feed, FeedStatus};
 use crate::meter::{Meter, MeterStatus};
@@ -61,6 +62,9 @@ pub fn registry(sources: Sources<'_>) -> Metrics {
         upstreams(&mut metrics, &role.proxy);
         keys(&mut metrics, role, &sources.clock);
         usage(&mut metrics, &role.meter);
+        if let Some(cluster) = &role.cluster {
+            shared(&mut metrics, cluster);
+        }
     }
     if let Some(control) = sources.control {
         self::control(&mut metrics, control, &sources.clock);
@@ -113,6 +117,27 @@ fn requests(metrics: &mut Metrics, role: &GateRole) {
         metrics.add_one(&ACCESS_LOG_LINES, move || read.written() as f64);
         let read = log.clone();
         metrics.add_one(&ACCESS_LOG_DROPPED, move || read.dropped() as f64);
+    }
+}
+
+fn shared(metrics: &mut Metrics, cluster: &Cluster) {
+    let readings: [Reading<Status>; 12] = [
+        (&CLUSTER_USABLE, |status| f64::from(u8::from(status.is_usable))),
+        (&CLUSTER_GATES, |status| f64::from(status.gates)),
+        (&CLUSTER_WINDOWS, |status| status.windows as f64),
+        (&CLUSTER_UNACKED, |status| status.unacked as f64),
+        (&CLUSTER_CALLS, |status| status.counts.asks as f64),
+        (&CLUSTER_LOST, |status| status.counts.lost as f64),
+        (&CLUSTER_GRANTED, |status| status.counts.granted as f64),
+        (&CLUSTER_DENIED, |status| status.counts.denied as f64),
+        (&CLUSTER_SHARED, |status| status.counts.shared as f64),
+        (&CLUSTER_IDENTITIES, |status| status.counts.identities as f64),
+        (&CLUSTER_WAITED, |status| status.waited as f64),
+        (&CLUSTER_WAITED_IN_VAIN, |status| status.waited_in_vain as f64),
+    ];
+    for (what, read) in readings {
+        let cluster = cluster.clone();
+        metrics.add_one(what, move || read(&cluster.status()));
     }
 }
 

@@ -1,0 +1,252 @@
+//! Counts shared between real gates through a real Redis, in order and in every disorder.
+//!
+//! `TOLLGATE_RESULTS=1` writes the tables to `benches/results/cluster.md`.
+
+mod harness;
+
+use harness::{Asked, Gate, Redis, Setup, Wire, client, free_port, most_in_a_window, offer, until};
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+/// All gates together, offered ten times the limit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_gates_give_no_more_than_one() {
+    const LIMIT: u32 = 100;
+    let (window, client) = (Duration::from_secs(2), client());
+    let mut table = String::from(
+        "| gates | demand | offered | admitted | most in a window | limit | under-admission | waited | calls a request |\n|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for gates in [2, 4, 8] {
+        let setup = Setup::new(LIMIT, window, "closed", "20ms").await;
+        let redis = Redis::start(setup.dir.path(), free_port(), &[]);
+        let store = format!("url: \"redis://127.0.0.1:{}\"", redis.port);
+        let gates: Vec<Gate> = (0..gates).map(|n| setup.gate(&format!("gate-{n}"), &store)).collect();
+        for gate in &gates {
+            gate.usable(&client).await;
+        }
+        let all: Vec<String> = gates.iter().map(|gate| gate.url.clone()).collect();
+        for (demand, urls) in [("even", &all[..]), ("all on one", &all[..1])] {
+            // What went before has left the window.
+            tokio::time::sleep(window * 3 / 2).await;
+            let before = sums(&client, &gates).await;
+            let asked = offer(
+                &client,
+                urls,
+                &setup.secret,
+                LIMIT * 10 / window.as_secs() as u32,
+                window * 3,
+            )
+            .await;
+            let after = sums(&client, &gates).await;
+            let passed = asked.iter().filter(|asked| asked.status == 200).count();
+            assert!(
+                asked.iter().all(|asked| matches!(asked.status, 200 | 429)),
+                "{:?}",
+                statuses(&asked)
+            );
+            let most = most_in_a_window(&asked, window);
+            assert!(
+                most <= LIMIT as usize,
+                "{most} in a window, {} gates, {demand}",
+                gates.len()
+            );
+            assert!(passed > LIMIT as usize, "{passed} passed");
+            writeln!(
+                table,
+                "| {} | {demand} | {} | {passed} | {most} | {LIMIT} | {:.1} % | {:.1} % | {:.3} |",
+                gates.len(),
+                asked.len(),
+                100.0 * (1.0 - passed as f64 / (3.0 * f64::from(LIMIT))),
+                100.0 * (after.0 - before.0) / asked.len() as f64,
+                (after.1 - before.1) / asked.len() as f64,
+            )
+            .unwrap();
+        }
+    }
+    println!("{table}");
+    if std::env::var_os("TOLLGATE_RESULTS").is_some() {
+        let text = format!(
+            "# Gates that share a limit through Redis\n\nWritten by `TOLLGATE_RESULTS=1 cargo nextest run --test cluster many_gates`. Real processes on one machine, a limit of {LIMIT} \
+             in 2 s, ten times as much offered for three windows. Under-admission is against three times the limit.\n\n{table}"
+        );
+        std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/results/cluster.md"), text).unwrap();
+    }
+}
+
+/// How many requests waited, and how many calls were made.
+async fn sums(client: &reqwest::Client, gates: &[Gate]) -> (f64, f64) {
+    let mut sums = (0.0, 0.0);
+    for gate in gates {
+        sums.0 += gate.metric(client, "cluster_waited_total").await;
+        sums.1 += gate.metric(client, "cluster_calls_total").await;
+    }
+    sums
+}
+
+fn statuses(asked: &[Asked]) -> std::collections::BTreeMap<u16, usize> {
+    let mut counts = std::collections::BTreeMap::new();
+    asked
+        .iter()
+        .for_each(|asked| *counts.entry(asked.status).or_default() += 1);
+    counts
+}
+
+const LIMIT: u32 = 60;
+const WINDOW: Duration = Duration::from_secs(2);
+
+/// Two gates under load while `disorder` befalls the store; all of it is checked against the limit.
+async fn through(what: &str, setup: &Setup, gates: &[Gate], disorder: impl AsyncFnOnce()) {
+    let client = client();
+    for gate in gates {
+        gate.usable(&client).await;
+    }
+    let urls: Vec<String> = gates.iter().map(|gate| gate.url.clone()).collect();
+    let (load, secret) = (client.clone(), setup.secret.clone());
+    let offered = tokio::spawn(async move { offer(&load, &urls, &secret, 150, Duration::from_secs(6)).await });
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    disorder().await;
+    let over = Instant::now();
+    for gate in gates {
+        gate.usable(&client).await;
+    }
+    let healed = over.elapsed();
+    let asked = offered.await.unwrap();
+    let passed = asked.iter().filter(|asked| asked.status == 200).count();
+    let longest = asked.iter().map(|asked| asked.answered - asked.sent).max().unwrap();
+    let most = most_in_a_window(&asked, WINDOW);
+    println!(
+        "{what}: {:?}, most in a window {most} of {LIMIT}, longest answer {longest:?}, usable after {healed:?}",
+        statuses(&asked)
+    );
+    assert!(
+        asked.iter().all(|asked| matches!(asked.status, 200 | 429)),
+        "{what}: {:?}",
+        statuses(&asked)
+    );
+    assert!(most <= LIMIT as usize, "{what}: {most} in a window");
+    assert!(passed > LIMIT as usize / 2, "{what}: {passed} passed");
+}
+
+async fn two_gates(setup: &Setup, redis: &Redis) -> (Vec<Gate>, Vec<Wire>) {
+    let wires = [Wire::to(redis.port).await, Wire::to(redis.port).await];
+    let gates = wires.iter().enumerate().map(|(n, wire)| {
+        setup.gate(
+            &format!("gate-{n}"),
+            &format!("url: \"redis://127.0.0.1:{}\"", wire.port),
+        )
+    });
+    (gates.collect(), wires.to_vec())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_fails_forgives_nothing() {
+    let setup = Setup::new(LIMIT, WINDOW, "closed", "20ms").await;
+    let mut redis = Redis::start(setup.dir.path(), free_port(), &[]);
+    let (gates, wires) = two_gates(&setup, &redis).await;
+    let second = Duration::from_secs(1);
+    through("stopped", &setup, &gates, async || {
+        redis.process.signal("STOP");
+        tokio::time::sleep(second).await;
+        redis.process.signal("CONT");
+    })
+    .await;
+    through("slow by 300 ms", &setup, &gates, async || {
+        wires.iter().for_each(|wire| wire.delay(Duration::from_millis(150)));
+        tokio::time::sleep(second * 2).await;
+        wires.iter().for_each(|wire| wire.delay(Duration::ZERO));
+    })
+    .await;
+    through("cut off from one gate", &setup, &gates, async || {
+        wires[0].cut(true);
+        tokio::time::sleep(second).await;
+        wires[0].cut(false);
+    })
+    .await;
+    through("flushed", &setup, &gates, async || {
+        redis.run(&["FLUSHALL"]);
+    })
+    .await;
+    let port = redis.port;
+    through("killed, and replaced by an empty one", &setup, &gates, async || {
+        redis.process.kill();
+        tokio::time::sleep(second).await;
+        redis = Redis::start(setup.dir.path(), port, &[]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fail_over_by_sentinel_forgives_nothing() {
+    let setup = Setup::new(LIMIT, WINDOW, "closed", "20ms").await;
+    let dir = setup.dir.path();
+    let mut master = Redis::start(dir, free_port(), &[]);
+    let replica = Redis::start(
+        dir,
+        free_port(),
+        &["--replicaof", "127.0.0.1", &master.port.to_string()],
+    );
+    let linked = || {
+        replica
+            .run(&["INFO", "replication"])
+            .contains("master_link_status:up")
+            .then_some(())
+    };
+    until(linked, || "the replica does not follow".into());
+    let config = dir.join("sentinel.conf");
+    let text = format!(
+        "sentinel monitor m 127.0.0.1 {} 1\nsentinel down-after-milliseconds m 500\nsentinel failover-timeout m 3000\n",
+        master.port
+    );
+    std::fs::write(&config, text).unwrap();
+    let port = free_port();
+    let process = Redis::sentinel(dir, &config, port);
+    let known = || {
+        process
+            .run(&["SENTINEL", "replicas", "m"])
+            .contains(&replica.port.to_string())
+            .then_some(())
+    };
+    until(known, || "the Sentinel does not know the replica".into());
+    let store = format!("url: \"redis://127.0.0.1:{port}\", sentinel_master: m");
+    let gates: Vec<Gate> = (0..2).map(|n| setup.gate(&format!("gate-{n}"), &store)).collect();
+    through("failed over", &setup, &gates, async || {
+        master.process.kill();
+        let promoted = || replica.run(&["ROLE"]).starts_with("master").then_some(());
+        tokio::task::block_in_place(|| until(promoted, || "no fail-over".into()));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gate_killed_and_started_again_forgives_nothing() {
+    let (client, window) = (client(), Duration::from_secs(60));
+    let setup = Setup::new(40, window, "share", "20ms").await;
+    let redis = Redis::start(setup.dir.path(), free_port(), &[]);
+    let mut gate = setup.gate("gate-0", &format!("url: \"redis://127.0.0.1:{}\"", redis.port));
+    let mut passed = 0;
+    for _ in 0..3 {
+        gate.usable(&client).await;
+        let asked = offer(
+            &client,
+            std::slice::from_ref(&gate.url),
+            &setup.secret,
+            100,
+            Duration::from_millis(150),
+        )
+        .await;
+        passed += asked.iter().filter(|asked| asked.status == 200).count();
+        gate.kill_and_start_again();
+    }
+    gate.usable(&client).await;
+    let asked = offer(
+        &client,
+        std::slice::from_ref(&gate.url),
+        &setup.secret,
+        100,
+        Duration::from_secs(1),
+    )
+    .await;
+    passed += asked.iter().filter(|asked| asked.status == 200).count();
+    // What a killed gate had reserved and not spent counts as spent: a few, and never the other way.
+    assert!((20..=40).contains(&passed), "{passed} of 40 over three kills");
+}
