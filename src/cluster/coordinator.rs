@@ -96,7 +96,7 @@ pub struct Coordinator {
 
 /// How often a gate says that it lives: often enough that silence means loss.
 fn hello_every_ns(settings: &Settings) -> u64 {
-    (settings.lost_after.as_nanos() as u64 / 3).clamp(5 * MS, 200 * MS)
+    (settings.lost_after.as_nanos() as u64 / 3).clamp(5 * MS, 1_000 * MS)
 }
 
 #[derive(Debug)]

@@ -24,8 +24,8 @@ const WINDOW: &str = include_str!("script.lua");
 const GATES: &str = include_str!("gates.lua");
 const IDENTITY: &str = include_str!("identity.lua");
 
-/// Of a Cluster: as many as let a dozen masters share the load evenly enough.
-const CLUSTER_PARTITIONS: u16 = 64;
+/// Of a Cluster: as many as half a dozen masters share evenly enough. Each costs every gate a hello now and then.
+const CLUSTER_PARTITIONS: u16 = 16;
 
 /// Where the store is.
 #[derive(Clone, PartialEq, Eq)]

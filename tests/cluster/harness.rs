@@ -355,7 +355,12 @@ pub struct Asked {
 /// A client that believes nothing that it is not told.
 pub fn client() -> reqwest::Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().build().unwrap()
+    reqwest::Client::builder()
+        .no_proxy()
+        // Well before a gate would close an idle connection that is about to be used.
+        .pool_idle_timeout(Duration::from_millis(500))
+        .build()
+        .unwrap()
 }
 
 /// Asks the gates at `urls`, one after the other, `per_second` times, for so long.
@@ -374,7 +379,10 @@ pub async fn offer(
             let sent = Instant::now();
             let status = match request.send().await {
                 Ok(answer) => answer.status().as_u16(),
-                Err(_) => 0,
+                Err(error) => {
+                    eprintln!("no answer: {error:?}");
+                    0
+                }
             };
             Asked {
                 sent,

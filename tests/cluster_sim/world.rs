@@ -218,6 +218,9 @@ impl World<'_> {
         while at < (plan.to_ms * MS) as f64 && all.len() < 20_000 {
             let unit = (self.random.next() >> 11) as f64 / (1u64 << 53) as f64;
             at += -(1.0 - unit).ln() / per_ns;
+            if at >= (plan.to_ms * MS) as f64 {
+                break;
+            }
             let third = (plan.window_ms * MS / 3) as f64;
             let gate = match plan.spread {
                 Spread::Even => self.random.next() as usize % plan.gates,
