@@ -248,11 +248,16 @@ impl Gate {
         *self = Gate::start(self.dir.clone(), self.config.clone());
     }
 
+    /// Everything that its metrics say; nothing where it does not answer.
+    pub async fn metrics(&self, client: &reqwest::Client) -> String {
+        match client.get(format!("{}/metrics", self.admin)).send().await {
+            Ok(answer) => answer.text().await.unwrap_or_default(),
+            Err(_) => String::new(),
+        }
+    }
+
     pub async fn metric(&self, client: &reqwest::Client, name: &str) -> f64 {
-        let Ok(answer) = client.get(format!("{}/metrics", self.admin)).send().await else {
-            return 0.0;
-        };
-        let text = answer.text().await.unwrap_or_default();
+        let text = self.metrics(client).await;
         let line = text
             .lines()
             .find_map(|line| line.strip_prefix(&format!("tollgate_{name} ")));

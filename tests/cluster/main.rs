@@ -16,6 +16,7 @@ async fn many_gates_give_no_more_than_one() {
     let mut table = String::from(
         "| gates | demand | offered | admitted | most in a window | limit | under-admission | waited | calls a request |\n|---|---|---|---|---|---|---|---|---|\n",
     );
+    let mut everything = vec![];
     for gates in [2, 4, 8] {
         let setup = Setup::new(LIMIT, window, "closed", "20ms").await;
         let redis = Redis::start(setup.dir.path(), free_port(), &[]);
@@ -38,6 +39,7 @@ async fn many_gates_give_no_more_than_one() {
             )
             .await;
             let after = sums(&client, &gates).await;
+            everything.push(gates[0].metrics(&client).await);
             let passed = asked.iter().filter(|asked| asked.status == 200).count();
             assert!(
                 asked.iter().all(|asked| matches!(asked.status, 200 | 429)),
@@ -64,6 +66,13 @@ async fn many_gates_give_no_more_than_one() {
         }
     }
     println!("{table}");
+    let text = everything.join("\n");
+    for (name, _) in tollgate::app::metric_names()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("tollgate_cluster_"))
+    {
+        assert!(text.contains(&format!("\n{name} ")), "{name} is not among the metrics");
+    }
     if std::env::var_os("TOLLGATE_RESULTS").is_some() {
         let text = format!(
             "# Gates that share a limit through Redis\n\nWritten by `TOLLGATE_RESULTS=1 cargo nextest run --test cluster many_gates`. Real processes on one machine, a limit of {LIMIT} \
