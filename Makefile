@@ -13,9 +13,9 @@ PROFILE ?= release
 # What the build needs beyond Rust: cmake and a C compiler (zlib-ng and zstd, through Pingora; SQLite).
 BUILD_PACKAGES := cmake gcc libc6-dev
 # What the whole test suite talks to. Tests whose part is missing fail; they are never skipped.
-TEST_PACKAGES := $(BUILD_PACKAGES) curl python3 python3-venv nginx-light haproxy nodejs chromium chromium-driver postgresql prometheus redis-server slowhttptest valgrind
+TEST_PACKAGES := $(BUILD_PACKAGES) curl python3 python3-venv nginx-light haproxy nodejs chromium chromium-driver postgresql prometheus redis-server slowhttptest systemd valgrind
 
-.PHONY: help dev install test lint install-build install-test clean
+.PHONY: help dev install test lint deb package-files install-build install-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,6 +33,20 @@ test: install-test
 lint:
 	cargo fmt --all --check
 	cargo clippy --all-targets -- -D warnings
+
+# A Debian package in target/debian, of the release build. Needs cargo-deb (`cargo install cargo-deb`).
+deb: install-build
+	cargo build --release --locked
+	$(MAKE) package-files PROGRAM=target/release/tollgate
+	cargo deb --no-build
+
+PROGRAM ?= target/release/tollgate
+package-files:
+	mkdir -p target/package/man
+	$(PROGRAM) man --dir target/package/man
+	$(PROGRAM) completions bash > target/package/tollgate.bash
+	$(PROGRAM) completions zsh > target/package/_tollgate
+	$(PROGRAM) completions fish > target/package/tollgate.fish
 
 install-build:
 	@bash .ci/install $(BUILD_PACKAGES)

@@ -1,15 +1,98 @@
-//! Listening sockets, bound before anything starts: an address in use is an error of the command, and port 0 has
-//! become a number by the time anybody must be told it.
+//! Listening sockets, there before anything starts: an address in use is an error of the command, and port 0 has
+//! become a number by the time anybody must be told it. They come from a process that hands over, from the service
+//! manager (socket activation), or are bound here.
 
+use super::upgrade::{Held, Role, Successor};
 use async_trait::async_trait;
+use listenfd::ListenFd;
 use pingora::server::{ListenFds, ShutdownWatch};
 use pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
+use rustix::io::{FdFlags, fcntl_setfd};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::IntoRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::Path;
+
+/// A listening socket and its address.
+pub type BoundListener = (TcpListener, SocketAddr);
+
+/// Where the listening sockets of a process come from.
+pub struct Sockets<'s> {
+    predecessor: Option<&'s mut Successor>,
+    activated: Vec<BoundListener>,
+    /// A second descriptor of each, to be handed over one day.
+    held: Vec<Held>,
+}
+
+impl<'s> Sockets<'s> {
+    /// Those of the process before, if there is one, and those that the service manager gave.
+    ///
+    /// # Errors
+    /// The service manager gave something else than a TCP listener.
+    pub fn new(predecessor: Option<&'s mut Successor>) -> io::Result<Self> {
+        let mut given = ListenFd::from_env();
+        let mut activated = vec![];
+        for index in 0..given.len() {
+            let listener = given.take_tcp_listener(index).map_err(|error| {
+                io::Error::new(error.kind(), format!("socket activation, descriptor {index}: {error}"))
+            })?;
+            let Some(listener) = listener else { continue };
+            // A new process gets its sockets by being handed them, not by inheriting numbers.
+            fcntl_setfd(&listener, FdFlags::CLOEXEC)?;
+            listener.set_nonblocking(true)?;
+            let address = listener.local_addr()?;
+            activated.push((listener, address));
+        }
+        Ok(Sockets {
+            predecessor,
+            activated,
+            held: vec![],
+        })
+    }
+
+    /// A socket that listens on `asked` (`HOST:PORT`, port 0 allowed).
+    ///
+    /// # Errors
+    /// Says which address, and why not.
+    pub fn listen(&mut self, role: Role, asked: &str) -> io::Result<BoundListener> {
+        let inherited = self.predecessor.as_mut().and_then(|old| old.take_listener(role, asked));
+        let (listener, address) = match inherited {
+            Some(listener) => {
+                let address = listener.local_addr()?;
+                (listener, address)
+            }
+            None => match self.take_activated(asked) {
+                Some(activated) => activated,
+                None => bind(asked)?,
+            },
+        };
+        self.held.push(Held {
+            role,
+            asked: asked.to_owned(),
+            listener: listener.try_clone()?,
+        });
+        Ok((listener, address))
+    }
+
+    /// Ends the search: what nobody listens on is closed. Returns a second descriptor of each socket.
+    pub fn finish(self) -> Vec<Held> {
+        for (_, address) in self.activated {
+            log::warn!("the service manager listens on {address}, and the configuration does not");
+        }
+        self.held
+    }
+
+    fn take_activated(&mut self, asked: &str) -> Option<BoundListener> {
+        let wanted: Vec<SocketAddr> = asked.to_socket_addrs().ok()?.collect();
+        let found = self
+            .activated
+            .iter()
+            .position(|(_, address)| wanted.contains(address))?;
+        Some(self.activated.swap_remove(found))
+    }
+}
 
 /// Connections that may wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4,096 on today's systems.
 const BACKLOG: i32 = 4096;
@@ -54,18 +137,13 @@ pub fn write_address(state_dir: &Path, name: &str, address: SocketAddr) -> io::R
     write().map_err(|error| io::Error::new(error.kind(), format!("cannot write {}: {error}", path.display())))
 }
 
-/// Hands bound sockets to Pingora, under the addresses that its listeners ask for.
-pub struct Handover(Vec<(String, Option<TcpListener>)>);
+/// Hands listening sockets to Pingora, under the names that its listeners ask for.
+pub struct Handover(Vec<(String, Option<OwnedFd>)>);
 
 impl Handover {
     /// Sockets to hand over.
-    pub fn new(listeners: impl IntoIterator<Item = (TcpListener, SocketAddr)>) -> Self {
-        Handover(
-            listeners
-                .into_iter()
-                .map(|(listener, address)| (address.to_string(), Some(listener)))
-                .collect(),
-        )
+    pub fn new(sockets: impl IntoIterator<Item = (OwnedFd, String)>) -> Self {
+        Handover(sockets.into_iter().map(|(socket, name)| (name, Some(socket))).collect())
     }
 }
 
@@ -80,9 +158,9 @@ impl ServiceWithDependents for Handover {
     ) {
         if let Some(fds) = fds {
             let mut fds = fds.lock();
-            for (address, listener) in &mut self.0 {
-                if let Some(listener) = listener.take() {
-                    fds.add(address.clone(), listener.into_raw_fd());
+            for (name, socket) in &mut self.0 {
+                if let Some(socket) = socket.take() {
+                    fds.add(name.clone(), socket.into_raw_fd());
                 }
             }
         }
@@ -98,6 +176,6 @@ impl ServiceWithDependents for Handover {
     }
 
     fn listen_addresses(&self) -> Option<Vec<String>> {
-        Some(self.0.iter().map(|(address, _)| address.clone()).collect())
+        Some(self.0.iter().map(|(name, _)| name.clone()).collect())
     }
 }

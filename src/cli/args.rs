@@ -32,6 +32,9 @@ pub enum Command {
     Check(CheckArgs),
     /// Let a running process read its configuration again: whole or not at all.
     Reload(ReloadArgs),
+    /// Replace a running process by a new one from the same program file and configuration, without losing a request
+    /// or a count.
+    Upgrade(UpgradeArgs),
     /// Show how a running process is.
     Status(AdminArgs),
     /// Exit with 0 if a running process can serve requests.
@@ -93,6 +96,10 @@ pub struct ConfigFile {
 pub struct RunArgs {
     #[command(flatten)]
     pub file: ConfigFile,
+    /// Take over the listeners and counts of the process that runs with this state directory, when it gets QUIT (within
+    /// a minute). `tollgate upgrade` does both.
+    #[arg(long)]
+    pub upgrade: bool,
 }
 
 #[derive(Debug, Args)]
@@ -127,6 +134,15 @@ pub struct ReloadArgs {
     pub admin: AdminArgs,
     /// How long to wait until the new configuration is in force.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    pub wait: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    #[command(flatten)]
+    pub admin: AdminArgs,
+    /// How long to wait until the new process serves, and before that for an earlier upgrade to be through.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
     pub wait: Duration,
 }
 

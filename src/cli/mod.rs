@@ -64,6 +64,7 @@ fn dispatch(cli: Cli, output: &mut Output) -> Result<(), Failure> {
         Command::Check(args) => configuration::check(&args, output),
         Command::Config(command) => configuration::config(command, output),
         Command::Reload(args) => operate::reload(&args, output),
+        Command::Upgrade(args) => operate::upgrade(&args, output),
         Command::Status(args) => operate::status(&args, output),
         Command::Healthcheck(args) => operate::healthcheck(&args, output),
         Command::Migrate(args) => operate::migrate(args, output),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
-use super::args::{AdminArgs, DevArgs, MigrateArgs, MigrateCommand, ReloadArgs, RunArgs};
+use super::args::{AdminArgs, DevArgs, MigrateArgs, MigrateCommand, ReloadArgs, RunArgs, UpgradeArgs};
 use super::client::Client;
 use super::output::{Output, cell, shows_progress};
 use super::{Exit, Failure};
@@ -39,6 +39,7 @@ pub fn run(args: RunArgs) -> Result<(), Failure> {
         config,
         RunOptions {
             config_path: args.file.config,
+            upgrade: args.upgrade,
         },
     )
     .map_err(failed)
@@ -193,6 +194,50 @@ pub fn reload(args: &ReloadArgs, output: &Output) -> Result<(), Failure> {
     Err(Failure {
         exit,
         message: format!("{message}\nNothing was changed."),
+        json: Some(answer),
+    })
+}
+
+/// `POST /upgrade`: its answer comes when the new process serves, or when the old one serves on.
+pub fn upgrade(args: &UpgradeArgs, output: &Output) -> Result<(), Failure> {
+    if let Some(path) = &args.admin.config {
+        // With this program, which is the new one.
+        config::load(path, &config::process_env)?;
+    }
+    let deadline = std::time::Instant::now() + args.wait;
+    let left = || {
+        deadline
+            .saturating_duration_since(std::time::Instant::now())
+            .max(Duration::from_secs(1))
+    };
+    // The process before may still finish long requests; until it has, another upgrade would be refused.
+    while admin(&args.admin, Duration::from_secs(10))?.call(Method::GET, "/status", &[], None)?["predecessorDraining"]
+        == Value::Bool(true)
+    {
+        if std::time::Instant::now() >= deadline {
+            let message = "the process before the running one has not ended yet: try again when it has";
+            return Err(Failure::new(Exit::Refused, message));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let (status, text) = admin(&args.admin, left())?.send(Method::POST, "/upgrade", &[], None, None)?;
+    let answer: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
+    if status.is_success() {
+        let data = &answer["data"];
+        if output.is_json() {
+            return output.value(data);
+        }
+        return output.text(&format!(
+            "Process {} serves; {} finishes what is under way and ends. Requests waited for {} ms.",
+            cell(&data["successor"]),
+            cell(&data["predecessor"]),
+            data["pauseMs"].as_f64().unwrap_or_default().round()
+        ));
+    }
+    let message = answer["error"]["message"].as_str().unwrap_or("the upgrade was refused");
+    Err(Failure {
+        exit: Exit::Failure,
+        message: format!("{message}\nThe running process serves on."),
         json: Some(answer),
     })
 }

@@ -1,16 +1,18 @@
 //! One line a request, JSON or text, through a bounded channel: a slow or dead disk never blocks a request.
 //!
-//! What cannot be written is dropped and counted. A line never holds a secret: no header value is in it but the
-//! request's id, and the query is left out because people put keys there.
+//! What cannot be written is dropped and counted: each line that was logged is in the end written whole or counted as
+//! dropped. A line never holds a secret: no header value is in it but the request's id, and the query is left out
+//! because people put keys there.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The form of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,9 +143,14 @@ impl AccessLog {
         }
     }
 
-    /// Opens the file anew before the next line, after it was rotated.
-    pub fn reopen(&self) {
-        self.shared.reopen.store(true, Ordering::Relaxed);
+    /// Opens the file anew, after it was rotated. Returns once that is done, so that nothing more is written to the
+    /// old file, or `within` is over, where a disk hangs; blocks.
+    pub fn reopen(&self, within: Duration) {
+        self.shared.reopen.store(true, Ordering::Release);
+        let deadline = Instant::now() + within;
+        while self.shared.reopen.load(Ordering::Acquire) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Lines dropped so far, because too many were waiting or the disk refused them.
@@ -157,9 +164,26 @@ impl AccessLog {
     }
 }
 
+impl Writer {
+    /// Writes what waits, and ends. Gives up after `within`, where a disk hangs; false then.
+    pub fn finish(mut self, within: Duration) -> bool {
+        self.shared.stop.store(true, Ordering::Release);
+        let Some(thread) = self.thread.take() else { return true };
+        let deadline = Instant::now() + within;
+        while !thread.is_finished() {
+            if Instant::now() >= deadline {
+                log::warn!("the access log is not written to its end: its disk hangs");
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
+}
+
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
             // A writer that panicked has nothing left to write.
             let _ = thread.join();
@@ -178,51 +202,98 @@ impl Sink {
         Ok(match output {
             Output::Stdout => Sink::Stdout,
             Output::Stderr => Sink::Stderr,
-            Output::File(path) => Sink::File(OpenOptions::new().create(true).append(true).open(path)?),
+            Output::File(path) => {
+                // Opened for writing alone, a pipe would hold up the start until somebody reads it.
+                let is_pipe = fs::metadata(path).is_ok_and(|there| there.file_type().is_fifo());
+                Sink::File(OpenOptions::new().create(true).append(true).read(is_pipe).open(path)?)
+            }
         })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Sink::Stdout => io::stdout().lock().write_all(bytes).and_then(|()| io::stdout().flush()),
-            Sink::Stderr => io::stderr().lock().write_all(bytes),
-            Sink::File(file) => file.write_all(bytes),
+            // Unbuffered, as a file is: what is written is counted.
+            Sink::Stdout => {
+                let mut out = io::stdout().lock();
+                out.write_all(bytes)?;
+                out.flush()?;
+                Ok(bytes.len())
+            }
+            Sink::Stderr => io::stderr().lock().write(bytes),
+            Sink::File(file) => file.write(bytes),
         }
+    }
+
+    /// Writes as much as it can: how many bytes that was.
+    fn write_all(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
+        let mut written = 0;
+        while written < bytes.len() {
+            match self.write(&bytes[written..]) {
+                Ok(0) => return (written, Err(io::ErrorKind::WriteZero.into())),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (written, Err(error)),
+            }
+        }
+        (written, Ok(()))
     }
 }
 
 /// Writes whatever waits in one go, so that a busy gate pays one system call for many lines.
 fn write_lines(waiting: &Receiver<Box<str>>, sink: &mut Sink, output: &Output, shared: &Shared) {
     let mut batch = String::new();
+    let mut failing = false;
+    // Part of a line is in the file, and its end was dropped.
+    let mut is_torn = false;
     loop {
-        let first = match waiting.recv_timeout(Duration::from_millis(100)) {
+        let first = match waiting.recv_timeout(LOOK_UP) {
             Ok(line) => Some(line),
-            Err(RecvTimeoutError::Timeout) if !shared.stop.load(Ordering::Relaxed) => None,
+            Err(RecvTimeoutError::Timeout) if !shared.stop.load(Ordering::Acquire) => None,
             Err(_) => return,
         };
-        if shared.reopen.swap(false, Ordering::Relaxed) {
+        if shared.reopen.load(Ordering::Acquire) {
             match Sink::open(output) {
-                Ok(opened) => *sink = opened,
+                Ok(opened) => (*sink, is_torn) = (opened, false),
                 Err(error) => log::error!("the access log cannot be opened anew, the old file stays in use: {error}"),
             }
+            shared.reopen.store(false, Ordering::Release);
+        }
+        if is_torn {
+            batch.push('\n');
         }
         let mut lines = 0;
         for line in first.into_iter().chain(waiting.try_iter().take(4096)) {
             batch.push_str(&line);
             lines += 1;
         }
-        if lines == 0 {
-            continue;
+        if lines > 0 {
+            let (bytes, outcome) = sink.write_all(batch.as_bytes());
+            let ends = batch.as_bytes()[..bytes].iter().filter(|byte| **byte == b'\n').count();
+            let whole = (ends - usize::from(is_torn && ends > 0)) as u64;
+            shared.written.fetch_add(whole, Ordering::Relaxed);
+            shared.dropped.fetch_add(lines - whole, Ordering::Relaxed);
+            if bytes > 0 {
+                is_torn = !batch.as_bytes()[..bytes].ends_with(b"\n");
+            }
+            match outcome {
+                Err(error) => {
+                    if !std::mem::replace(&mut failing, true) {
+                        log::error!("the access log cannot be written, lines are dropped: {error}");
+                    }
+                }
+                Ok(()) => {
+                    if std::mem::replace(&mut failing, false) {
+                        log::info!("the access log is written again");
+                    }
+                }
+            }
         }
-        let counter = if sink.write(batch.as_bytes()).is_ok() {
-            &shared.written
-        } else {
-            &shared.dropped
-        };
-        counter.fetch_add(lines, Ordering::Relaxed);
         batch.clear();
     }
 }
+
+/// How often an idle writer looks whether it is to open its file anew, or to end.
+const LOOK_UP: Duration = Duration::from_millis(20);
 
 impl Entry<'_> {
     fn json(&self) -> String {
@@ -354,9 +425,43 @@ mod tests {
         };
         let (log, writer) = AccessLog::open(&settings).unwrap();
         std::fs::rename(&path, dir.path().join("access.log.1")).unwrap();
-        log.reopen();
+        log.reopen(Duration::from_secs(10));
         log.log(&ENTRY);
         drop(writer);
         assert_eq!(std::fs::read_to_string(path).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_blocks_nobody_and_every_line_is_accounted_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        assert!(
+            std::process::Command::new("mkfifo")
+                .arg(&path)
+                .status()
+                .unwrap()
+                .success()
+        );
+        let settings = Settings {
+            format: Format::Text,
+            output: Output::File(path),
+            buffer_lines: 100,
+        };
+        let (log, writer) = AccessLog::open(&settings).unwrap();
+        // Far more than a pipe's 64 KiB and the buffer hold.
+        const LINES: u64 = 20_000;
+        for _ in 0..LINES {
+            log.log(&ENTRY);
+        }
+        assert!(
+            !writer.finish(Duration::from_millis(50)),
+            "the writer hangs, and is left behind"
+        );
+        let accounted = log.written() + log.dropped();
+        // What the writer holds, and what waits, is neither yet.
+        assert!(
+            log.dropped() > 0 && accounted <= LINES && accounted + 5_000 > LINES,
+            "{accounted}"
+        );
     }
 }

@@ -4,11 +4,12 @@
 //! and calls the service's hooks for all else. The manual's chapter is [`crate::embedding`].
 
 use super::client_address::{IpNet, TrustedProxies, client_address};
+use super::passing_on::Peer;
 use super::request_id::RequestIds;
 use super::response::{self, Answer, ResponseSettings, X_REQUEST_ID};
 use super::steps::{self, OurHeaders};
 use super::strict::{Ambiguity, PathRules, check_target};
-use super::{BadHeaderPrefix, edge, peer_of};
+use super::{BadHeaderPrefix, edge};
 use crate::clock::{Clock, Now};
 use crate::gate::{Gate, Permit};
 use async_trait::async_trait;
@@ -173,9 +174,11 @@ where
             steps::answer(session, &answer, None, &self.response, &request_id).await?;
             return Ok(true);
         }
-        let client = peer_of(session).map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| {
-            client_address(peer, &session.req_header().headers, &self.trusted_proxies).client
-        });
+        let client = Peer::of_connection(session)
+            .map(|peer| peer.address.ip())
+            .map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| {
+                client_address(peer, &session.req_header().headers, &self.trusted_proxies).client
+            });
         match steps::check(&self.gate, session, client, context.now) {
             Ok(permit) => {
                 edge::filter_upgrade(session.req_header_mut(), permit.route().upgrade);

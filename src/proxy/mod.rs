@@ -11,6 +11,7 @@ pub mod frames;
 pub mod guard;
 mod key_counts;
 mod metrics;
+mod passing_on;
 mod request_id;
 pub mod response;
 mod shared;
@@ -39,6 +40,7 @@ use guard::ConnectionInfo;
 use http::{HeaderName, HeaderValue, Method, Version};
 use key_counts::KeyCounts;
 use metrics::Times;
+use passing_on::{Duty, Peer};
 use pingora::connectors::http::Connector;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
@@ -79,6 +81,7 @@ pub struct Proxy(Arc<Inner>);
 struct Inner {
     gate: Arc<Gate>,
     clock: Clock,
+    duty: ArcSwap<Duty>,
     compiled: ArcSwap<Compiled>,
     /// Health checks are begun anew with what a reload brought.
     reloaded: Notify,
@@ -117,6 +120,7 @@ impl Proxy {
         Ok(Proxy(Arc::new(Inner {
             gate,
             clock,
+            duty: ArcSwap::from_pointee(Duty::Decide),
             compiled: ArcSwap::from_pointee(Compiled::new(settings, None)?),
             reloaded: Notify::new(),
             ids: RequestIds::default(),
@@ -262,6 +266,8 @@ pub struct Context {
     /// The last byte of its response.
     upstream_ended: Option<Now>,
     attempts: Attempts,
+    /// The process that this request is passed on to, instead of being decided here.
+    passed_on: Option<Box<HttpPeer>>,
     _under_way: UnderWay,
 }
 
@@ -325,6 +331,7 @@ impl ProxyHttp for Proxy {
             upstream_answered: None,
             upstream_ended: None,
             attempts: Attempts::default(),
+            passed_on: None,
             _under_way: UnderWay::new(&self.0.in_flight),
         }
     }
@@ -334,8 +341,13 @@ impl ProxyHttp for Proxy {
 
     async fn request_filter(&self, session: &mut Session, context: &mut Context) -> pingora::Result<bool> {
         let compiled = self.0.compiled.load_full();
-        if let Some(peer) = peer_of(session) {
-            context.client = client_address(peer, &session.req_header().headers, &compiled.trusted_proxies).client;
+        if let Some(peer) = Peer::of(session) {
+            context.client = client_address(
+                peer.address.ip(),
+                &session.req_header().headers,
+                &compiled.trusted_proxies,
+            )
+            .client;
         }
         let method = &session.req_header().method;
         if method == Method::TRACE || method == Method::CONNECT {
@@ -343,8 +355,22 @@ impl ProxyHttp for Proxy {
             return Ok(true);
         }
         let decided = match self.0.shared.get() {
-            None => steps::check(&self.0.gate, session, context.client, context.now),
+            None => {
+                // Held for the decision and no longer: a hand-over waits until nobody holds it.
+                let duty = self.0.duty.load();
+                if let Duty::PassOn(successor) = &**duty {
+                    context.passed_on = Some(successor.clone());
+                    return Ok(false);
+                }
+                steps::check(&self.0.gate, session, context.client, context.now)
+            }
             Some(limits) => {
+                // As above, through a wait of some milliseconds.
+                let duty = self.0.duty.load_full();
+                if let Duty::PassOn(successor) = &*duty {
+                    context.passed_on = Some(successor.clone());
+                    return Ok(false);
+                }
                 let (gate, clock) = (&self.0.gate, &self.0.clock);
                 shared::check(limits.as_ref(), gate, clock, session, context.client, context.now).await
             }
@@ -373,6 +399,9 @@ impl ProxyHttp for Proxy {
     async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
         // Further tries are part of what the upstream took.
         context.upstream_started.get_or_insert_with(|| self.0.clock.now());
+        if let Some(successor) = &context.passed_on {
+            return Ok(successor.clone());
+        }
         let name = context.permit.as_ref().map_or("", |permit| permit.upstream());
         self.0
             .compiled
@@ -388,6 +417,9 @@ impl ProxyHttp for Proxy {
         upstream_request: &mut RequestHeader,
         context: &mut Context,
     ) -> pingora::Result<()> {
+        if context.passed_on.is_some() {
+            return passing_on::name_client(session, upstream_request);
+        }
         // Without a permit nothing travels upstream, whatever phase order a later Pingora has.
         let permit = context
             .permit
@@ -395,11 +427,12 @@ impl ProxyHttp for Proxy {
             .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
         let compiled = self.0.compiled.load();
         compiled.names.strip(upstream_request, permit, &self.0.gate);
+        passing_on::forget_client(session, upstream_request);
         edge::remove_claims(upstream_request);
-        if let Some(peer) = peer_of(session) {
-            let is_tls = ConnectionInfo::of(session.digest()).is_some_and(|connection| connection.is_tls);
+        if let Some(peer) = Peer::of(session) {
             let headers = &session.req_header().headers;
-            let (_, chain, scheme) = forwarded_fields(peer, is_tls, headers, &compiled.trusted_proxies);
+            let (_, chain, scheme) =
+                forwarded_fields(peer.address.ip(), peer.is_tls, headers, &compiled.trusted_proxies);
             upstream_request.insert_header(X_FORWARDED_FOR, chain)?;
             upstream_request.insert_header(X_FORWARDED_PROTO, HeaderValue::from_static(scheme))?;
         }
@@ -454,6 +487,9 @@ impl ProxyHttp for Proxy {
         context: &mut Context,
     ) -> pingora::Result<()> {
         context.upstream_answered = Some(self.0.clock.now());
+        if context.passed_on.is_some() {
+            return Ok(());
+        }
         if let Some(request_id) = &context.request_id {
             upstream_response.insert_header(X_REQUEST_ID, request_id.clone())?;
         }
@@ -517,6 +553,10 @@ impl ProxyHttp for Proxy {
     }
 
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, context: &mut Context) {
+        // The process that decided has logged and counted it.
+        if context.passed_on.is_some() && context.decision == PASSED {
+            return;
+        }
         let status = session
             .response_written()
             .map_or(0, |response| response.status.as_u16());
@@ -589,13 +629,6 @@ impl ProxyHttp for Proxy {
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-
-/// Who connected: whom the PROXY protocol named, or the peer itself.
-fn peer_of(session: &Session) -> Option<IpAddr> {
-    let named = ConnectionInfo::of(session.digest()).and_then(|connection| connection.client);
-    let peer = || session.client_addr().and_then(|address| address.as_inet()).copied();
-    named.or_else(peer).map(|address| address.ip())
-}
 
 /// What the client is told when the exchange with the upstream failed; `None` where the client itself is gone.
 fn answer_to(error: &Error) -> Option<Answer> {

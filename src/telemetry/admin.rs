@@ -1,4 +1,4 @@
-//! The operator's listener: metrics, health, status, reload. It belongs on loopback and has no authentication.
+//! The operator's listener: metrics, health, status, reload, upgrade. It belongs on loopback and has no authentication.
 
 use super::metrics::{Exposition, Metrics};
 use axum::extract::State;
@@ -13,7 +13,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-/// What a reload came to.
+/// What a reload, or an upgrade, came to.
 pub type ReloadFuture = Pin<Box<dyn Future<Output = Result<Value, Value>> + Send>>;
 
 /// What the listener tells, supplied by whoever wires the process.
@@ -26,6 +26,8 @@ pub struct Admin {
     pub status: Box<dyn Fn() -> Value + Send + Sync>,
     /// Reads the configuration again and applies it whole or not at all.
     pub reload: Box<dyn Fn() -> ReloadFuture + Send + Sync>,
+    /// Starts a new process from the same files and hands over to it.
+    pub upgrade: Box<dyn Fn() -> ReloadFuture + Send + Sync>,
 }
 
 impl fmt::Debug for Admin {
@@ -44,9 +46,16 @@ pub fn router(admin: Arc<Admin>) -> Router {
             "/status",
             get(|State(admin): State<Arc<Admin>>| async move { no_store(Json((admin.status)())) }),
         )
-        .route("/reload", post(reload))
+        .route(
+            "/reload",
+            post(|State(admin): State<Arc<Admin>>| async move { told((admin.reload)().await) }),
+        )
+        .route(
+            "/upgrade",
+            post(|State(admin): State<Arc<Admin>>| async move { told((admin.upgrade)().await) }),
+        )
         .fallback(|| async {
-            let message = "This listener has GET /metrics, /livez, /readyz, /status and POST /reload.";
+            let message = "This listener has GET /metrics, /livez, /readyz, /status and POST /reload, /upgrade.";
             (StatusCode::NOT_FOUND, failure("NOT_FOUND", message))
         })
         .with_state(admin)
@@ -66,8 +75,8 @@ async fn metrics(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Respons
     ([(CONTENT_TYPE, exposition.content_type())], text).into_response()
 }
 
-async fn reload(State(admin): State<Arc<Admin>>) -> Response {
-    match (admin.reload)().await {
+fn told(outcome: Result<Value, Value>) -> Response {
+    match outcome {
         Ok(data) => Json(json!({"success": true, "data": data})).into_response(),
         Err(error) => (
             StatusCode::UNPROCESSABLE_ENTITY,

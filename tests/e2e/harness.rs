@@ -92,10 +92,6 @@ impl Tollgate {
         self.data.path()
     }
 
-    pub fn process(&mut self) -> &mut Process {
-        &mut self.process
-    }
-
     /// Ends it by TERM and gives the data directory back.
     pub fn stop(mut self) -> TempDir {
         self.process.signal("TERM");

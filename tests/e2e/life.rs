@@ -1,5 +1,6 @@
 //! Starting, stopping, and living through the control plane's absence.
 
+use crate::gate::{Gate, Spec, Upstream, eventually, secret};
 use crate::harness::{PATIENCE, Process, Tollgate, until};
 use reqwest::{Method, StatusCode};
 use serde_json::json;
@@ -47,36 +48,68 @@ async fn started_again_on_the_same_data_the_old_key_still_works() {
     assert!(left.contains(";r=997;"), "a restart forgives nothing: {left}");
 }
 
-#[tokio::test]
+/// The grace time is ten minutes, so a process that sleeps through it would never end here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn term_with_nothing_in_flight_ends_at_once_and_with_a_request_after_it() {
-    let mut tollgate = Tollgate::start().await;
-    let slow = tollgate.get("/delay/1500").header("x-api-key", &tollgate.key).send();
-    let slow = tokio::spawn(slow);
-    let metrics = format!("{}/metrics", tollgate.admin);
-    loop {
-        let text = tollgate
-            .client
-            .get(&metrics)
-            .send()
-            .await
-            .unwrap()
-            .text()
-            .await
-            .unwrap();
-        if text.lines().any(|line| line == "tollgate_requests_in_flight 1.0") {
-            break;
-        }
-    }
-    tollgate.process().signal("TERM");
-    let response = slow.await.unwrap().unwrap();
-    assert_eq!(response.status(), StatusCode::OK, "what was in flight is finished");
-    assert!(tollgate.process().wait(Duration::from_secs(5)).success());
-
-    let mut idle = Tollgate::start().await;
+    let upstream = Upstream::start(1).await;
+    let mut idle = Gate::start(Spec::new(upstream.address));
+    // A kept-alive connection is nothing in flight.
+    assert_eq!(idle.ask("/a", 0).await.status(), StatusCode::OK);
     let asked = Instant::now();
-    idle.process().signal("TERM");
-    assert!(idle.process().wait(PATIENCE).success());
-    assert!(asked.elapsed() < Duration::from_secs(3), "took {:?}", asked.elapsed());
+    idle.signal("TERM");
+    tokio::task::block_in_place(|| idle.wait());
+    println!("TERM with nothing in flight: ended after {:?}", asked.elapsed());
+
+    let mut busy = Gate::start(Spec::new(upstream.address));
+    let held = busy
+        .client
+        .get(format!("{}/held", busy.url))
+        .header("x-api-key", secret(0));
+    let held = tokio::spawn(held.send());
+    upstream.await_held(1).await;
+    busy.signal("TERM");
+    eventually("the end of accepting", async || {
+        tokio::net::TcpStream::connect(busy.address()).await.is_err() || busy.log().contains("TERM:")
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(busy.is_running(), "a request is in flight");
+    let released = Instant::now();
+    upstream.release.send_replace(true);
+    assert_eq!(held.await.unwrap().unwrap().text().await.unwrap(), "released");
+    tokio::task::block_in_place(|| busy.wait());
+    println!(
+        "TERM with a request in flight for 5 s: ended {:?} after its end",
+        released.elapsed()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn int_ends_at_once_whatever_is_in_flight_and_after_term_too() {
+    let upstream = Upstream::start(1).await;
+    for first in ["", "TERM"] {
+        let mut gate = Gate::start(Spec::new(upstream.address));
+        let held = gate
+            .client
+            .get(format!("{}/held", gate.url))
+            .header("x-api-key", secret(0));
+        let held = tokio::spawn(held.send());
+        upstream.await_held(1).await;
+        upstream.held.send_replace(0);
+        if !first.is_empty() {
+            gate.signal(first);
+            eventually("TERM", async || gate.log().contains("TERM: finishing")).await;
+        }
+        gate.signal("INT");
+        tokio::task::block_in_place(|| gate.wait());
+        assert!(held.await.unwrap().is_err(), "cut off");
+        gate.start_again();
+        assert_eq!(
+            gate.left_after_one_more("/b", 0).await,
+            1_000_000_000 - 2,
+            "and counted all the same"
+        );
+    }
 }
 
 /// Two processes: a control plane, and a gate that follows it.

@@ -4,7 +4,7 @@ mod catalogue;
 
 pub use catalogue::{GROUPS, reference};
 
-use super::GateRole;
+use super::gate_role::GateRole;
 use crate::clock::Clock;
 use crate::cluster::{Cluster, Status};
 use crate::control::ControlPlane;

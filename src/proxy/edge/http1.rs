@@ -72,7 +72,7 @@ where
             };
             let mut deadline = Instant::now() + patience;
             if *shutdown.borrow() {
-                deadline = deadline.min(Instant::now() + self.settings.shutdown_linger);
+                deadline = deadline.min(Instant::now() + self.activity.linger_or(self.settings.shutdown_linger));
             }
             loop {
                 let is_shutting_down = *shutdown.borrow();
@@ -89,7 +89,7 @@ where
                             return Ok(None);
                         }
                         if *shutdown.borrow() {
-                            deadline = deadline.min(Instant::now() + self.settings.shutdown_linger);
+                            deadline = deadline.min(Instant::now() + self.activity.linger_or(self.settings.shutdown_linger));
                         }
                     }
                 }

@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::super::slots::Capped;
 use super::EdgeRefusal;
@@ -35,12 +36,26 @@ pub trait EdgeObserver: Send + Sync {
 #[derive(Debug, Default)]
 pub struct Activity {
     requests: AtomicUsize,
+    /// 0: as the settings say.
+    linger_ms: AtomicU64,
 }
 
 impl Activity {
     /// Requests that Pingora is working on.
     pub fn requests(&self) -> usize {
         self.requests.load(Ordering::Acquire)
+    }
+
+    /// Says how long idle connections are served once shutdown has begun, instead of what the settings say.
+    pub fn linger(&self, how_long: Duration) {
+        self.linger_ms.store(how_long.as_millis() as u64, Ordering::Release);
+    }
+
+    pub(super) fn linger_or(&self, usual: Duration) -> Duration {
+        match self.linger_ms.load(Ordering::Acquire) {
+            0 => usual,
+            linger_ms => Duration::from_millis(linger_ms),
+        }
     }
 
     pub(super) fn begin(self: &Arc<Self>) -> Active {
