@@ -12,7 +12,7 @@
 //!
 //! Chapters of the manual: [`architecture`] is how it fits together, [`limits`] what a limit promises, [`embedding`] for
 //! services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL, replicas, backup), [`running_many_gates`], [`operations`], [`metrics`],
-//! [`security`].
+//! [`security`], [`strict_edge`] (what is refused, and why).
 #![forbid(unsafe_code)]
 
 pub mod app;
@@ -41,6 +41,8 @@ pub mod proxy;
 pub mod running_many_gates {}
 #[doc = include_str!("manual/security.md")]
 pub mod security {}
+#[doc = include_str!("manual/edge.md")]
+pub mod strict_edge {}
 pub mod telemetry;
 pub mod tls;
 pub mod wire;

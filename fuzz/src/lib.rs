@@ -152,7 +152,17 @@ pub fn strict_head(data: &[u8]) {
             assert_eq!(length, said);
         }
     }
-    let target = request.path.expect("a complete request has a target");
+    let mut target = request.path.expect("a complete request has a target");
+    if let Some((start, end)) = framing.authority {
+        let (url, authority) = (target, named("host")[0]);
+        target = &target[end - start..];
+        assert!(
+            url[..end - start]
+                .to_ascii_lowercase()
+                .as_bytes()
+                .ends_with(&authority.to_ascii_lowercase())
+        );
+    }
     assert!(target == "*" || check_target(target.as_bytes(), PathRules::Strict).is_ok());
     for field in request.headers.iter() {
         assert!(field.value.iter().all(|b| (*b >= 0x20 && *b != 0x7f) || *b == b'\t'));

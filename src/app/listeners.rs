@@ -97,6 +97,12 @@ impl<'s> Sockets<'s> {
 /// Connections that may wait to be accepted. The kernel caps it at `net.core.somaxconn`, 4,096 on today's systems.
 const BACKLOG: i32 = 4096;
 
+/// How much of a response the kernel takes from us before the client takes it. By default that grows to megabytes for
+/// each connection, and a client counts as making progress only once a third of it is gone. A slow client is woken for
+/// when half of this is, which 500 bytes a second reach within the 60 s that it is given (`limits.response_grace`).
+/// What is on its way to the client is not bounded by it.
+const UNSENT_BYTES: u32 = 32 * 1024;
+
 /// Binds `address` (`HOST:PORT`, port 0 allowed).
 ///
 /// # Errors
@@ -109,6 +115,8 @@ pub fn bind(address: &str) -> io::Result<(TcpListener, SocketAddr)> {
         let socket = Socket::new(Domain::for_address(resolved), Type::STREAM, Some(Protocol::TCP))?;
         // Without it a restart would have to wait for the old process's connections to leave TIME_WAIT.
         socket.set_reuse_address(true)?;
+        // Accepted sockets inherit it.
+        socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
         socket.set_nonblocking(true)?;
         socket.bind(&resolved.into())?;
         socket.listen(BACKLOG)?;

@@ -195,6 +195,13 @@ impl Gate {
         credential::bearer_token(authorization).is_some_and(|token| self.in_force.load().policy.forms.admits(token))
     }
 
+    /// Whether two paths fall under the same rule, for a path that servers read in two ways.
+    pub fn is_same_rule(&self, host: &str, method: &Method, path: &str, other: &str) -> bool {
+        let policy = self.policy.load();
+        let rule = |path| policy.routes.find(host, path, method).unwrap_or(&policy.fallback);
+        Arc::ptr_eq(rule(path), rule(other))
+    }
+
     /// Decides. The first step that fails answers; a refused request spends nothing.
     ///
     /// # Errors

@@ -167,7 +167,9 @@ where
         let unfit = if method == Method::TRACE || method == Method::CONNECT {
             Some(Answer::method_not_allowed())
         } else {
-            let ambiguity = self.ambiguity(session);
+            let ambiguity = self
+                .ambiguity(session)
+                .or_else(|| steps::check_parameters(&self.gate, session.req_header()).err());
             ambiguity.map(|ambiguity| Answer::from(&edge::EdgeRefusal::from(ambiguity)))
         };
         if let Some(answer) = unfit {

@@ -268,6 +268,8 @@ impl FrameWatch {
                     }
                 }
             }
+            // RFC 9113 section 8.4: a client cannot push. Without its end the HTTP/2 library would wait for the rest.
+            PUSH_PROMISE => return Err(GuardError::FrameInvalid(PROTOCOL_ERROR)),
             CONTINUATION => self.in_header_block = frame.flags & END_HEADERS == 0,
             RST_STREAM => {
                 self.forget(frame.stream);
@@ -413,6 +415,7 @@ const HEADERS: u8 = 1;
 const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
+const PUSH_PROMISE: u8 = 5;
 const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
@@ -420,6 +423,7 @@ const END_STREAM: u8 = 1;
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 const INITIAL_WINDOW_SIZE: u16 = 4;
+const PROTOCOL_ERROR: u32 = 1;
 const FLOW_CONTROL_ERROR: u32 = 3;
 const STREAM_CLOSED: u32 = 5;
 const FRAME_SIZE_ERROR: u32 = 6;
@@ -518,6 +522,8 @@ mod tests {
                 "{kind}"
             );
         }
+        let promise = frame(PUSH_PROMISE, 0, 1, &[0, 0, 0, 2]);
+        assert_eq!(invalid(promise), Err(GuardError::FrameInvalid(PROTOCOL_ERROR)));
         let window = frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 1, 0, 4, 0x80, 0, 0, 0]);
         assert_eq!(invalid(window), Err(GuardError::FrameInvalid(FLOW_CONTROL_ERROR)));
         let mut watch = watch();

@@ -354,6 +354,11 @@ impl ProxyHttp for Proxy {
             self.answer(session, context, &Answer::method_not_allowed()).await?;
             return Ok(true);
         }
+        if let Err(ambiguity) = steps::check_parameters(&self.0.gate, session.req_header()) {
+            let answer = Answer::from(&edge::EdgeRefusal::from(ambiguity));
+            self.answer(session, context, &answer).await?;
+            return Ok(true);
+        }
         let decided = match self.0.shared.get() {
             None => {
                 // Held for the decision and no longer: a hand-over waits until nobody holds it.

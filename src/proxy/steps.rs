@@ -3,6 +3,7 @@
 
 use super::request_id::RequestIds;
 use super::response::{self, Answer, ResponseSettings};
+use super::strict::{Ambiguity, without_parameters};
 use super::{BadHeaderPrefix, DRAIN_DEADLINE};
 use crate::clock::Now;
 use crate::gate::{Access, Gate, Permit, RateStatus, Refusal, RequestHead};
@@ -60,6 +61,21 @@ impl OurHeaders {
             request.insert_header(&self.tier, &tier.header)?;
         }
         Ok(())
+    }
+}
+
+/// Whether the request falls under one rule, also to servers that cut path parameters off (`/a;b` is `/a` to them).
+pub(super) fn check_parameters(gate: &Gate, request: &RequestHeader) -> Result<(), Ambiguity> {
+    let path = request.uri.path();
+    let Some(readings) = without_parameters(path) else {
+        return Ok(());
+    };
+    let host = host_of(request);
+    let is_same = |reading: &String| gate.is_same_rule(host, &request.method, path, reading);
+    if readings.iter().all(is_same) {
+        Ok(())
+    } else {
+        Err(Ambiguity::PathSemicolon)
     }
 }
 

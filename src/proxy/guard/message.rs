@@ -53,7 +53,14 @@ impl Guard {
         };
         self.reading.restart();
         self.writing.restart();
-        Ok(self.buffer.split_to(framing.head_bytes + taken))
+        let mut message = self.buffer.split_to(framing.head_bytes + taken);
+        if let Some((start, end)) = framing.authority {
+            // Rare: only proxies are asked in absolute-form, as a rule.
+            let rest = message.split_off(end);
+            message.truncate(start);
+            message.extend_from_slice(&rest);
+        }
+        Ok(message)
     }
 
     /// The last message was read to its end, and the client is still there: a next one may follow.

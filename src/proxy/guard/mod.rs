@@ -17,6 +17,7 @@ mod message;
 mod pace;
 mod upgraded;
 
+use close::reset_on_close;
 pub(super) use close::{close, close_lingering};
 pub use connection::ConnectionInfo;
 pub use error::GuardError;
@@ -188,6 +189,7 @@ impl Guard {
         }
         ready!(self.writing.poll_too_slow(cx));
         self.gave_up = true;
+        reset_on_close(&self.io);
         Poll::Ready(GuardError::ResponseTooSlow.into())
     }
 }

@@ -33,8 +33,8 @@ ambiguities! {
     Version => "Only HTTP/1.0, HTTP/1.1 and HTTP/2 are spoken here.",
     /// Bytes that are no HTTP at all, such as a TLS handshake on a plain port.
     NotHttp => "This is not HTTP. Is it TLS on a plain port?",
-    /// A target that is neither a path nor `OPTIONS *`.
-    TargetForm => "The target must start with a slash, as in /path?query; the host belongs in the Host field.",
+    /// A target that is neither a path, nor an `http` or `https` URL with a path, nor `OPTIONS *`.
+    TargetForm => "The target must start with a slash, as in /path?query, or be the whole URL with its path.",
     /// An absolute-form target that names another authority than `Host`.
     TargetAuthority => "The target names another host than the Host field.",
     /// The target is longer than the limit.
@@ -49,8 +49,8 @@ ambiguities! {
     PathDots => "The path has a segment of dots; send the path that it resolves to.",
     /// `//`.
     PathEmptySegment => "The path has an empty segment (//); send a single slash.",
-    /// `;` in the path.
-    PathSemicolon => "The path has a semicolon, which some servers cut off; encode it as %3B.",
+    /// `;` at the start of a segment, or in a path that falls under another rule without what follows its `;`.
+    PathSemicolon => "The path has a semicolon, and is another path to servers that cut it off there; encode it as %3B.",
     /// `%2F`.
     PathEncodedSlash => "The path has an encoded slash (%2F).",
     /// `%2E`.

@@ -7,6 +7,9 @@ pub struct HeadFraming {
     pub head_bytes: usize,
     /// How the body is delimited.
     pub body: BodyFraming,
+    /// Where scheme and authority of an absolute-form target stand, which agrees with `Host`: they do not travel, since
+    /// upstreams are asked in origin-form (RFC 9112 section 3.2.1).
+    pub authority: Option<(usize, usize)>,
     /// The head has an `Upgrade` field, and `Connection` names it.
     pub upgrade: bool,
 }

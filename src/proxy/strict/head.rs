@@ -19,8 +19,8 @@ pub struct HeadCheck {
     version_10: bool,
     has_request_line: bool,
     host: Option<(usize, usize)>,
-    /// The authority of an absolute-form target; such a target is refused, but the reason depends on `Host`.
-    absolute: Option<(usize, usize)>,
+    /// Where the scheme and the authority of an absolute-form target begin, and where the authority ends.
+    absolute: Option<(usize, usize, usize)>,
     length: Option<u64>,
     chunked: bool,
     upgrade_field: bool,
@@ -128,14 +128,11 @@ impl HeadCheck {
                 let Some(scheme) = scheme else {
                     return Err(Ambiguity::TargetForm);
                 };
-                let start = method_end + 1 + scheme.len();
-                let rest = &target[scheme.len()..];
-                let end = rest
-                    .iter()
-                    .position(|b| matches!(b, b'/' | b'?' | b'#'))
-                    .unwrap_or(rest.len());
-                self.absolute = Some((start, start + end));
-                Ok(())
+                // Without a path the origin-form would have another target than was sent.
+                let slash = memchr::memchr(b'/', &target[scheme.len()..]).ok_or(Ambiguity::TargetForm)?;
+                let (start, authority) = (method_end + 1, method_end + 1 + scheme.len());
+                self.absolute = Some((start, authority, authority + slash));
+                check_target(&target[scheme.len() + slash..], self.limits.paths)
             }
         }
     }
@@ -226,15 +223,16 @@ impl HeadCheck {
 
     fn finish(&self, bytes: &[u8]) -> Result<HeadFraming, Ambiguity> {
         let (host_start, host_end) = self.host.ok_or(Ambiguity::HostMissing)?;
-        if let Some((start, end)) = self.absolute {
+        let authority = match self.absolute {
+            None => None,
             // The request line's own offsets: it starts the head.
-            let agrees = bytes[start..end].eq_ignore_ascii_case(&bytes[host_start..host_end]);
-            return Err(if agrees {
-                Ambiguity::TargetForm
-            } else {
-                Ambiguity::TargetAuthority
-            });
-        }
+            Some((start, authority, end))
+                if bytes[authority..end].eq_ignore_ascii_case(&bytes[host_start..host_end]) =>
+            {
+                Some((start, end))
+            }
+            Some(_) => return Err(Ambiguity::TargetAuthority),
+        };
         let body = match (self.chunked, self.length) {
             (true, Some(_)) => return Err(Ambiguity::LengthAndEncoding),
             (true, None) if self.version_10 => return Err(Ambiguity::EncodingVersion),
@@ -244,6 +242,7 @@ impl HeadCheck {
         Ok(HeadFraming {
             head_bytes: self.line_start,
             body,
+            authority,
             upgrade: self.upgrade_field && self.upgrade_option,
         })
     }
@@ -294,6 +293,8 @@ mod tests {
         assert!(!framing.upgrade);
         let chunked = head("POST / HTTP/1.1\r\nHost: [::1]:80\r\nTransfer-Encoding: chunked\r\n\r\n").unwrap();
         assert_eq!(chunked.body, BodyFraming::Chunked);
+        let absolute = head("GET http://A:80/b?c HTTP/1.1\r\nHost: a:80\r\n\r\n").unwrap();
+        assert_eq!(absolute.authority, Some((4, 15)), "what is left is /b?c");
         let upgrade =
             head("GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\r\n");
         assert!(upgrade.unwrap().upgrade);

@@ -82,7 +82,8 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
             }
             b'\\' => return Err(Ambiguity::PathBackslash),
             b'#' => return Err(Ambiguity::TargetFragment),
-            b';' if strict => return Err(Ambiguity::PathSemicolon),
+            // Nothing before it: an empty segment to whoever cuts parameters off.
+            b';' if strict && i == segment_start => return Err(Ambiguity::PathSemicolon),
             b';' => {}
             _ => return Err(Ambiguity::TargetByte),
         }
@@ -97,6 +98,19 @@ fn check_path(path: &[u8], rules: PathRules) -> Result<(), Ambiguity> {
     } else {
         Err(Ambiguity::PercentUtf8)
     }
+}
+
+/// What servers that know path parameters (RFC 3986 section 3.3) make of a path with `;`: servlet containers cut each
+/// segment at its `;`, others cut the path at the first. `None` where there is no `;`, so that all read the same.
+///
+/// A path may pass where each of these falls under the rule that the path as it stands falls under.
+pub fn without_parameters(path: &str) -> Option<[String; 2]> {
+    let first = memchr::memchr(b';', path.as_bytes())?;
+    let stems: Vec<&str> = path
+        .split('/')
+        .map(|segment| segment.split(';').next().unwrap_or(segment))
+        .collect();
+    Some([stems.join("/"), path[..first].to_owned()])
 }
 
 /// A segment that is not the path's (possibly empty) last one, or that is not empty.
@@ -201,6 +215,8 @@ mod tests {
             "/100%25",
             "/a:b@c,d=e!f$g&h'i(j)k*l+m~n",
             "/a?x=//..%2f;%zz\\",
+            "/a;x=1",
+            "/a;x=1/b;y",
         ] {
             assert_eq!(path(good), Ok(()), "{good}");
         }
@@ -215,9 +231,12 @@ mod tests {
             ("/a/../b", Ambiguity::PathDots),
             ("/a/.../b", Ambiguity::PathDots),
             ("/a/..?x", Ambiguity::PathDots),
-            ("/a/..;/b", Ambiguity::PathSemicolon),
+            ("/a/..;/b", Ambiguity::PathDots),
+            ("/a/.;x/b", Ambiguity::PathDots),
+            ("/a/..;x", Ambiguity::PathDots),
+            ("/;x/b", Ambiguity::PathSemicolon),
+            ("/a/;", Ambiguity::PathSemicolon),
             ("/a/..%3B/b", Ambiguity::PathDots),
-            ("/a;x=1", Ambiguity::PathSemicolon),
             ("/a\\b", Ambiguity::PathBackslash),
             ("/a%5cb", Ambiguity::PathBackslash),
             ("/a%2Fb", Ambiguity::PathEncodedSlash),
@@ -245,6 +264,15 @@ mod tests {
         for (text, why) in bad {
             assert_eq!(path(text), Err(why), "{text}");
         }
+    }
+
+    #[test]
+    fn parameters_are_cut_as_servers_cut_them() {
+        assert_eq!(without_parameters("/a/b"), None);
+        assert_eq!(
+            without_parameters("/a;x=1/b;y;z/c"),
+            Some(["/a/b/c".to_owned(), "/a".to_owned()])
+        );
     }
 
     #[test]

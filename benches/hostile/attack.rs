@@ -1,0 +1,268 @@
+//! The attacker: this same binary as a process of its own, at the lowest priority.
+
+use crate::gate::{Gate, KEYS, secret};
+use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::Instant;
+
+/// 1,000 connections are what one address may have.
+pub const ADDRESSES: u32 = 20;
+/// Within this all connections are opened.
+pub const RAMP: Duration = Duration::from_secs(5);
+/// How many unknown keys are tried.
+pub const GUESSES: u64 = 1_000_000;
+/// A slow client sends or takes a byte this often.
+const DRIP: Duration = Duration::from_secs(5);
+/// What is not closed then, after its rule, counts as not gone.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What became of the connections of one kind.
+pub struct Closed {
+    pub kind: String,
+    pub opened: usize,
+    pub gone: usize,
+    pub median_ms: u64,
+    pub longest_ms: u64,
+}
+
+/// What the guesses were answered.
+#[derive(Default)]
+pub struct Guesses {
+    pub seconds: f64,
+    pub unknown: u64,
+    pub throttled: u64,
+    pub others: u64,
+}
+
+pub struct Attacker(Child);
+
+impl Drop for Attacker {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Attacker {
+    fn start(gate: &Gate, kind: &str, number: u64) -> Self {
+        let ourselves = std::env::current_exe().expect("a binary knows its path");
+        let child = Command::new("nice")
+            .args(["-n", "19"])
+            .arg(ourselves)
+            .args(["attacker", kind, &gate.address.to_string(), &number.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the attacker starts");
+        Attacker(child)
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        matches!(self.0.try_wait(), Ok(Some(_)))
+    }
+
+    fn lines(&mut self) -> Vec<Vec<String>> {
+        let output = self.0.stdout.take().expect("its output is a pipe");
+        let lines = BufReader::new(output).lines().map_while(Result::ok);
+        lines
+            .map(|line| line.split('\t').map(str::to_owned).collect())
+            .collect()
+    }
+
+    pub fn report(mut self) -> Vec<Closed> {
+        let number = |text: &String| text.parse().expect("a number");
+        let closed = |line: Vec<String>| Closed {
+            kind: line[0].clone(),
+            opened: number(&line[1]) as usize,
+            gone: number(&line[2]) as usize,
+            median_ms: number(&line[3]),
+            longest_ms: number(&line[4]),
+        };
+        self.lines().into_iter().map(closed).collect()
+    }
+}
+
+/// Opens slow connections of all kinds.
+pub fn slow(gate: &Gate, connections: usize) -> Attacker {
+    Attacker::start(gate, "slow", connections as u64)
+}
+
+/// Tries keys until all were answered.
+pub fn guess(gate: &Gate, guesses: u64) -> Guesses {
+    let mut attacker = Attacker::start(gate, "guess", guesses);
+    let line = attacker.lines().pop().expect("the attacker reports");
+    let number = |at: usize| line[at].parse::<u64>().expect("a number");
+    Guesses {
+        seconds: number(0) as f64 / 1000.0,
+        unknown: number(1),
+        throttled: number(2),
+        others: number(3),
+    }
+}
+
+/// The attacker's own process.
+pub fn attacker(arguments: &[String]) {
+    let gate: SocketAddr = arguments[1].parse().expect("the gate's address");
+    let number: u64 = arguments[2].parse().expect("a number");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        match arguments[0].as_str() {
+            "slow" => slow_clients(gate, number as usize).await,
+            _ => guesses(gate, number).await,
+        }
+    });
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Head,
+    Body,
+    Read,
+}
+
+async fn slow_clients(gate: SocketAddr, connections: usize) {
+    let started = Instant::now();
+    let mut clients = Vec::new();
+    for n in 0..connections {
+        let kind = [Kind::Head, Kind::Body, Kind::Read][n % 3];
+        let at = started + RAMP * n as u32 / connections as u32;
+        clients.push((kind, tokio::spawn(slow_client(gate, n as u32, kind, at))));
+    }
+    let mut over = [const { Vec::new() }; 3];
+    let mut opened = [0; 3];
+    for (kind, client) in clients {
+        opened[kind as usize] += 1;
+        if let Some(ms) = client.await.expect("a client does not panic") {
+            over[kind as usize].push(ms);
+        }
+    }
+    for (kind, name) in ["slow head", "slow body", "slow read"].iter().enumerate() {
+        let over = &mut over[kind];
+        over.sort_unstable();
+        let median = over.get(over.len() / 2).copied().unwrap_or(0);
+        let longest = over.last().copied().unwrap_or(0);
+        println!("{name}\t{}\t{}\t{median}\t{longest}", opened[kind], over.len());
+    }
+}
+
+/// How long after its rule's end the connection was gone, in ms; `None` if it was not.
+async fn slow_client(gate: SocketAddr, n: u32, kind: Kind, at: Instant) -> Option<u64> {
+    tokio::time::sleep_until(at).await;
+    let socket = TcpSocket::new_v4().ok()?;
+    if kind == Kind::Read {
+        // As slowhttptest: what it does not read stays with the gate.
+        socket.set_recv_buffer_size(4096).ok()?;
+    }
+    let address = Ipv4Addr::new(127, 0, 2, 1 + (n % ADDRESSES) as u8);
+    socket.bind((address, 0).into()).ok()?;
+    let mut stream = socket.connect(gate).await.ok()?;
+    let key = secret(u64::from(n) % KEYS);
+    let (bytes, allowed) = match kind {
+        Kind::Head => ("GET /a HTTP/1.1\r\nHost: gate\r\nX-Slow: ".to_owned(), 10),
+        Kind::Body => (
+            format!("POST /a HTTP/1.1\r\nHost: gate\r\nx-api-key: {key}\r\nContent-Length: 100000\r\n\r\n"),
+            20,
+        ),
+        Kind::Read => (
+            format!("GET /big HTTP/1.1\r\nHost: gate\r\nx-api-key: {key}\r\n\r\n"),
+            60,
+        ),
+    };
+    let ends = Instant::now() + Duration::from_secs(allowed);
+    let gone = async {
+        if stream.write_all(bytes.as_bytes()).await.is_err() {
+            return;
+        }
+        drip(&mut stream, kind).await;
+    };
+    let ended = tokio::time::timeout_at(ends + PATIENCE, gone).await;
+    let over = Instant::now().saturating_duration_since(ends).as_millis() as u64;
+    ended.ok().map(|()| over)
+}
+
+/// Returns once the connection has ended.
+async fn drip(stream: &mut TcpStream, kind: Kind) {
+    let mut byte = [0u8; 1];
+    loop {
+        if kind == Kind::Read {
+            // What was received before stays readable after the end, so the end is asked for by itself.
+            tokio::select! {
+                _ = stream.ready(Interest::ERROR) => return,
+                () = tokio::time::sleep(DRIP) => {}
+            }
+            if matches!(stream.read(&mut byte).await, Ok(0) | Err(_)) {
+                return;
+            }
+        } else {
+            match tokio::time::timeout(DRIP, stream.read(&mut byte)).await {
+                // An answer is followed by the end.
+                Ok(Ok(1..)) => {}
+                Ok(Ok(0) | Err(_)) => return,
+                Err(_) => {
+                    if stream.write_all(b"x").await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn guesses(gate: SocketAddr, number: u64) {
+    const CONNECTIONS: u64 = 16;
+    let started = Instant::now();
+    let clients: Vec<_> = (0..CONNECTIONS)
+        .map(|n| tokio::spawn(guesser(gate, KEYS + n, CONNECTIONS, KEYS + number)))
+        .collect();
+    let mut answers = [0; 3];
+    for client in clients {
+        let [unknown, throttled, others] = client.await.expect("a client does not panic");
+        answers[0] += unknown;
+        answers[1] += throttled;
+        answers[2] += others;
+    }
+    let [unknown, throttled, others] = answers;
+    println!("{}\t{unknown}\t{throttled}\t{others}", started.elapsed().as_millis());
+}
+
+async fn guesser(gate: SocketAddr, from: u64, step: u64, to: u64) -> [u64; 3] {
+    let mut answers = [0; 3];
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket
+        .bind((Ipv4Addr::new(127, 0, 2, 1), 0).into())
+        .expect("an address of the loopback network");
+    let mut stream = socket.connect(gate).await.expect("a connection");
+    let _ = stream.set_nodelay(true);
+    let mut answer = Vec::with_capacity(2048);
+    let mut n = from;
+    while n < to {
+        // Each claims to be somebody else, which no proxy of ours has said.
+        let head = format!(
+            "GET /a HTTP/1.1\r\nHost: gate\r\nx-api-key: {}\r\nX-Forwarded-For: 127.0.1.{}\r\n\r\n",
+            secret(n),
+            n % 250
+        );
+        stream.write_all(head.as_bytes()).await.expect("the connection lasts");
+        answer.clear();
+        while !answer.ends_with(b"}}") {
+            let read = stream.read_buf(&mut answer).await.expect("the connection lasts");
+            assert!(read > 0, "the connection lasts");
+        }
+        let has = |text: &[u8]| answer.windows(text.len()).any(|bytes| bytes == text);
+        let at = match &answer[..12] {
+            b"HTTP/1.1 401" if has(b"INVALID_API_KEY") => 0,
+            b"HTTP/1.1 429" if has(b"TOO_MANY_FAILED_ATTEMPTS") => 1,
+            _ => 2,
+        };
+        answers[at] += 1;
+        n += step;
+    }
+    answers
+}

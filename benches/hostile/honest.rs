@@ -1,0 +1,157 @@
+//! Honest requests at a steady rate, whatever happens beside them.
+
+use crate::gate::{Gate, KEYS, secret};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::Instant;
+
+pub const KEPT_CONNECTIONS: u32 = 8;
+pub const REQUESTS_PER_SECOND: u32 = 400;
+pub const CONNECTIONS_PER_SECOND: u32 = 50;
+
+/// How long requests took, in µs from when they were due.
+#[derive(Default)]
+pub struct Series {
+    us: Vec<u64>,
+    pub failed: usize,
+}
+
+impl Series {
+    pub fn answered(&self) -> usize {
+        self.us.len()
+    }
+
+    pub fn percentile(&self, p: f64) -> u64 {
+        let mut us = self.us.clone();
+        us.sort_unstable();
+        let at = ((us.len() as f64 * p).ceil() as usize).clamp(1, us.len().max(1)) - 1;
+        us.get(at).copied().unwrap_or(0)
+    }
+
+    fn add(&mut self, due: Instant, answered: bool) {
+        if answered {
+            self.us.push(due.elapsed().as_micros() as u64);
+        } else {
+            self.failed += 1;
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Latencies {
+    kept: Series,
+    fresh: Series,
+}
+
+impl Latencies {
+    pub fn kept(&self) -> &Series {
+        &self.kept
+    }
+
+    pub fn fresh(&self) -> &Series {
+        &self.fresh
+    }
+}
+
+/// Sends honest requests for as long as `meanwhile` lasts.
+pub fn honest(gate: &Gate, meanwhile: impl FnOnce()) -> Latencies {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (address, until) = (gate.address, stop.clone());
+    let clients = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async move {
+            let mut kept = Vec::new();
+            for n in 0..KEPT_CONNECTIONS {
+                kept.push(tokio::spawn(keep(address, n, until.clone())));
+            }
+            let fresh = tokio::spawn(reconnect(address, until));
+            let mut latencies = Latencies::default();
+            for task in kept {
+                let series = task.await.expect("a client does not panic");
+                latencies.kept.us.extend(series.us);
+                latencies.kept.failed += series.failed;
+            }
+            latencies.fresh = fresh.await.expect("a client does not panic");
+            latencies
+        })
+    });
+    meanwhile();
+    stop.store(true, Ordering::Relaxed);
+    clients.join().expect("the clients do not panic")
+}
+
+async fn keep(gate: SocketAddr, n: u32, stop: Arc<AtomicBool>) -> Series {
+    let every = Duration::from_secs(1) * KEPT_CONNECTIONS / REQUESTS_PER_SECOND;
+    let mut due = Instant::now() + every * n / KEPT_CONNECTIONS;
+    let mut series = Series::default();
+    let mut stream = connect(gate).await;
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep_until(due).await;
+        let answered = match &mut stream {
+            Some(stream) => request(stream, u64::from(n)).await,
+            None => false,
+        };
+        series.add(due, answered);
+        if !answered {
+            stream = connect(gate).await;
+        }
+        due += every;
+    }
+    series
+}
+
+async fn reconnect(gate: SocketAddr, stop: Arc<AtomicBool>) -> Series {
+    let every = Duration::from_secs(1) / CONNECTIONS_PER_SECOND;
+    let mut due = Instant::now();
+    let mut series = Series::default();
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep_until(due).await;
+        let answered = match connect(gate).await {
+            Some(mut stream) => request(&mut stream, 40).await,
+            None => false,
+        };
+        series.add(due, answered);
+        due += every;
+    }
+    series
+}
+
+/// From an address that no attacker has.
+async fn connect(gate: SocketAddr) -> Option<TcpStream> {
+    let socket = TcpSocket::new_v4().ok()?;
+    let ours = IpAddr::V4(Ipv4Addr::new(127, 0, 1, 1));
+    socket.bind(SocketAddr::new(ours, 0)).ok()?;
+    let stream = socket.connect(gate).await.ok()?;
+    stream.set_nodelay(true).ok()?;
+    Some(stream)
+}
+
+/// Whether it was answered 200.
+async fn request(stream: &mut TcpStream, key: u64) -> bool {
+    let head = format!(
+        "GET /a HTTP/1.1\r\nHost: gate\r\nx-api-key: {}\r\n\r\n",
+        secret(key % KEYS)
+    );
+    let exchange = async {
+        stream.write_all(head.as_bytes()).await.ok()?;
+        let mut answer = Vec::with_capacity(1024);
+        while !answer.windows(6).any(|bytes| bytes == b"\r\n\r\nok") {
+            if stream.read_buf(&mut answer).await.ok()? == 0 {
+                return None;
+            }
+        }
+        Some(answer.starts_with(b"HTTP/1.1 200"))
+    };
+    tokio::time::timeout(Duration::from_secs(30), exchange)
+        .await
+        .ok()
+        .flatten()
+        == Some(true)
+}
