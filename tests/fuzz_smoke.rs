@@ -1,7 +1,7 @@
 //! Every fuzz target, on stable: driven by a generator that mutates and splices the corpora in `fuzz/corpus`.
 //!
 //! A bounded run of what `cargo +nightly fuzz run TARGET` does at length. `FUZZ_EXECUTIONS` sets how many inputs each
-//! quick target gets; a seed is printed with every failure, and `FUZZ_SEED` runs it again.
+//! quick target gets, `FUZZ_TARGET` chooses one; a seed is printed with every failure, and `FUZZ_SEED` runs it again.
 
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
@@ -167,7 +167,9 @@ fn env_number(name: &str, default: u64) -> u64 {
 fn no_target_fails() {
     let quick = env_number("FUZZ_EXECUTIONS", 100_000);
     let seed = env_number("FUZZ_SEED", 0x746f_6c6c_6761_7465);
-    for (name, target) in targets::TARGETS {
+    let only = std::env::var("FUZZ_TARGET").ok();
+    let chosen = |name: &str| only.as_ref().is_none_or(|only| only == name);
+    for (name, target) in targets::TARGETS.iter().filter(|(name, _)| chosen(name)) {
         let corpus = corpus(name);
         // Those that touch files, or parse YAML, are a hundred times slower.
         let executions = if matches!(*name, "config" | "spool" | "journal") {

@@ -33,11 +33,16 @@ fn bench() {
         .and_then(|text| text.parse().ok())
         .unwrap_or(10_000);
     let mut report = format!(
-        "# What an attack does to everybody else\n\nWritten by `cargo bench --bench hostile`: the `tollgate` binary in \
-         the bench profile with its default limits, {} processors for gate, upstream, honest clients and attacker \
-         together, the attacker at the lowest priority. Honest requests: {} a second on {} kept connections, and {} a \
+        "# What an attack does to everybody else\n\nWritten by `cargo bench --bench hostile`: the `tollgate` binary, \
+         optimised, with its default limits; {} processors for gate, upstream, honest clients and attacker together, the \
+         attacker at the lowest priority; load average at the start: {}, which must be near 0 for the times to mean \
+         anything. Honest requests: {} a second on {} kept connections, and {} a \
          second on a connection each; a latency counts from when the request was due.\n",
         std::thread::available_parallelism().map_or(1, usize::from),
+        std::fs::read_to_string("/proc/loadavg")
+            .ok()
+            .and_then(|text| Some(text.split_whitespace().next()?.to_owned()))
+            .unwrap_or_default(),
         honest::REQUESTS_PER_SECOND,
         honest::KEPT_CONNECTIONS,
         honest::CONNECTIONS_PER_SECOND,

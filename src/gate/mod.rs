@@ -197,7 +197,8 @@ impl Gate {
 
     /// Whether two paths fall under the same rule, for a path that servers read in two ways.
     pub fn is_same_rule(&self, host: &str, method: &Method, path: &str, other: &str) -> bool {
-        let policy = self.policy.load();
+        let in_force = self.in_force.load();
+        let policy = &*in_force.policy;
         let rule = |path| policy.routes.find(host, path, method).unwrap_or(&policy.fallback);
         Arc::ptr_eq(rule(path), rule(other))
     }
