@@ -1,7 +1,7 @@
 //! Guessers and slow clients against the whole program. `benches/hostile` measures what they do to others.
 
-use crate::own_gate::{Gate, key_line, secret};
 use crate::harness::error;
+use crate::own_gate::{Gate, key_line, secret};
 use reqwest::{Client, StatusCode};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

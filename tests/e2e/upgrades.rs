@@ -1,7 +1,7 @@
 //! WebSocket and gRPC through the gate, with peers that are not ours: Python's `websockets` and `grpcio`.
 
-use crate::own_gate::{Gate, key_line, secret};
 use crate::harness::{PATIENCE, Process};
+use crate::own_gate::{Gate, key_line, secret};
 use reqwest::StatusCode;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
