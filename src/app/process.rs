@@ -169,6 +169,8 @@ impl Process {
             ServerConf {
                 threads,
                 upstream_keepalive_pool_size: pool,
+                // One worker has nobody to steal from, and is cheaper without the machinery.
+                work_stealing: threads > 1,
                 // Pingora would sleep through all of it; `lifecycle` ends the process before that.
                 grace_period_seconds: Some(grace.as_secs() + 60),
                 ..ServerConf::default()

@@ -242,6 +242,14 @@ pub fn is_claim(name: &HeaderName) -> bool {
     )
 }
 
+/// Removes every field in which a client could claim what is not its request's own.
+pub(super) fn remove_claims(fields: &mut HeaderMap) {
+    // One pass over the few fields there are; most requests have no claim among them.
+    while let Some(claim) = fields.keys().find(|name| is_claim(name)).cloned() {
+        fields.remove(claim);
+    }
+}
+
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -249,7 +257,7 @@ const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto
 const MAX_HOPS: usize = 32;
 
 /// An address, written as a header value without formatting machinery's heap.
-fn address_value(address: IpAddr) -> HeaderValue {
+pub(super) fn address_value(address: IpAddr) -> HeaderValue {
     use std::io::Write;
     let mut text = [0u8; 48];
     let mut rest = &mut text[..];

@@ -4,6 +4,7 @@
 //! and calls the service's hooks for all else. The manual's chapter is [`crate::embedding`].
 
 use super::client_address::{IpNet, TrustedProxies, client_address};
+use super::fields::{edit_request, edit_response};
 use super::passing_on::Peer;
 use super::request_id::RequestIds;
 use super::response::{self, Answer, ResponseSettings, X_REQUEST_ID};
@@ -205,11 +206,14 @@ where
             .permit
             .as_ref()
             .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
-        self.names.strip(upstream_request, permit, &self.gate);
-        self.names.tell(upstream_request, permit)?;
-        if let Some(request_id) = &context.request_id {
-            upstream_request.insert_header(X_REQUEST_ID, request_id)?;
-        }
+        edit_request(upstream_request, |fields| {
+            self.names.strip(fields, permit, &self.gate);
+            self.names.tell(fields, permit)?;
+            if let Some(request_id) = &context.request_id {
+                fields.insert(X_REQUEST_ID, request_id.clone());
+            }
+            Ok(())
+        })?;
         self.service
             .upstream_request_filter(session, upstream_request, &mut context.service)
             .await
@@ -221,12 +225,15 @@ where
         upstream_response: &mut ResponseHeader,
         context: &mut Self::CTX,
     ) -> Result<()> {
-        if let Some(request_id) = &context.request_id {
-            upstream_response.insert_header(X_REQUEST_ID, request_id)?;
-        }
-        if let Some(rate) = context.permit.as_ref().and_then(Permit::rate) {
-            response::add_rate_limit(upstream_response, &self.response, rate)?;
-        }
+        edit_response(upstream_response, |fields| {
+            if let Some(request_id) = &context.request_id {
+                fields.insert(X_REQUEST_ID, request_id.clone());
+            }
+            if let Some(rate) = context.permit.as_ref().and_then(Permit::rate) {
+                response::add_rate_limit(fields, &self.response, rate);
+            }
+            Ok(())
+        })?;
         self.service
             .response_filter(session, upstream_response, &mut context.service)
             .await

@@ -1,5 +1,6 @@
 //! The id of a request: the client's if it sent a well-formed one, else a new one.
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -46,7 +47,8 @@ impl RequestIds {
             pair[0] = HEX[usize::from(byte >> 4)];
             pair[1] = HEX[usize::from(byte & 15)];
         }
-        HeaderValue::from_bytes(&digits).unwrap_or(HeaderValue::from_static("-"))
+        // Owned so, it is shared between request, response and log without another allocation.
+        HeaderValue::from_maybe_shared(Bytes::from_owner(digits)).unwrap_or(HeaderValue::from_static("-"))
     }
 }
 

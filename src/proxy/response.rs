@@ -5,9 +5,11 @@
 
 use super::edge::EdgeRefusal;
 use crate::gate::{Access, RateStatus, Reason, Refusal};
+use bytes::Bytes;
 use http::header::{ACCEPT, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use pingora::http::ResponseHeader;
+use std::borrow::Cow;
 use std::fmt::Write as _;
 
 /// `RateLimit` of draft-ietf-httpapi-ratelimit-headers-10.
@@ -51,16 +53,16 @@ pub struct Answer {
     /// The stable code that programs act on.
     pub code: &'static str,
     /// What a person reads: what is wrong, and what would be right.
-    pub message: String,
+    pub message: Cow<'static, str>,
     /// The challenge of a 401, 403 or 400 about credentials, after `Bearer realm="…"`.
-    pub challenge: Option<String>,
+    pub challenge: Option<Cow<'static, str>>,
     /// Seconds to wait before the next try.
     pub retry_after_s: Option<u32>,
 }
 
 impl Answer {
     /// An answer without challenge and waiting time.
-    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
         Answer {
             status,
             code,
@@ -80,7 +82,7 @@ impl Answer {
     }
 
     /// A request that two readers could read differently.
-    pub fn ambiguous(what: impl Into<String>) -> Self {
+    pub fn ambiguous(what: impl Into<Cow<'static, str>>) -> Self {
         Answer::new(StatusCode::BAD_REQUEST, "AMBIGUOUS_REQUEST", what)
     }
 
@@ -108,12 +110,12 @@ impl Answer {
             Some(Access::Keyed { scope: Some(scope), .. }) => &*scope.name,
             _ => "",
         };
-        let unauthorized = |code, message: &str| {
+        let unauthorized = |code, message: &'static str| {
             let mut answer = Answer::new(StatusCode::UNAUTHORIZED, code, message);
             answer.challenge = Some(r#", error="invalid_token""#.into());
             answer
         };
-        let wait = |status, message: String, retry_after_s| {
+        let wait = |status, message: Cow<'static, str>, retry_after_s| {
             let mut answer = Answer::new(status, refusal.reason.code(), message);
             answer.retry_after_s = Some(retry_after_s);
             answer
@@ -123,7 +125,7 @@ impl Answer {
             Reason::MissingKey => {
                 let message = "An API key is required: send it as 'x-api-key: KEY' or 'Authorization: Bearer KEY'.";
                 Answer {
-                    challenge: Some(String::new()),
+                    challenge: Some("".into()),
                     ..unauthorized(code, message)
                 }
             }
@@ -144,8 +146,9 @@ impl Answer {
             },
             Reason::InsufficientScope => Answer {
                 status: StatusCode::FORBIDDEN,
-                challenge: Some(format!(r#", error="insufficient_scope", scope="{scope}""#)),
-                ..unauthorized(code, &format!("The API key lacks the scope '{scope}'."))
+                message: format!("The API key lacks the scope '{scope}'.").into(),
+                challenge: Some(format!(r#", error="insufficient_scope", scope="{scope}""#).into()),
+                ..unauthorized(code, "")
             },
             Reason::EnvironmentNotAllowed => {
                 let environment = refusal.holder.as_ref().map_or("", |holder| holder.environment());
@@ -154,7 +157,7 @@ impl Answer {
             }
             Reason::RateLimited { retry_after_s } => wait(
                 StatusCode::TOO_MANY_REQUESTS,
-                format!("Rate limit exceeded. Retry after {retry_after_s} seconds."),
+                format!("Rate limit exceeded. Retry after {retry_after_s} seconds.").into(),
                 *retry_after_s,
             ),
             Reason::TooManyInFlight => wait(
@@ -164,7 +167,7 @@ impl Answer {
             ),
             Reason::TooManyFailedAttempts { retry_after_s } => wait(
                 StatusCode::TOO_MANY_REQUESTS,
-                format!("Too many bad credentials from this address. Retry after {retry_after_s} seconds."),
+                format!("Too many bad credentials from this address. Retry after {retry_after_s} seconds.").into(),
                 *retry_after_s,
             ),
             Reason::NotReady => wait(StatusCode::SERVICE_UNAVAILABLE, "The gate has no keys yet.".into(), 1),
@@ -203,32 +206,40 @@ impl Answer {
         )
     }
 
-    /// The head of the response, `RateLimit` fields aside.
-    ///
-    /// # Errors
-    /// None in practice: every value is visible ASCII.
+    /// The head of the response.
     pub fn head(
         &self,
         settings: &ResponseSettings,
         content_type: &'static str,
         body_len: usize,
         request_id: &HeaderValue,
-    ) -> pingora::Result<ResponseHeader> {
-        let mut head = ResponseHeader::build_no_case(self.status, Some(10))?;
-        head.insert_header(CONTENT_TYPE, HeaderValue::from_static(content_type))?;
-        head.insert_header(CONTENT_LENGTH, HeaderValue::from(body_len))?;
-        head.insert_header(CACHE_CONTROL, HeaderValue::from_static("no-store"))?;
-        head.insert_header(X_REQUEST_ID, request_id)?;
+        rate: Option<RateStatus<'_>>,
+    ) -> ResponseHeader {
+        let (mut head, ()) = Response::new(()).into_parts();
+        head.status = self.status;
+        let fields = &mut head.headers;
+        // Ours, and the two that Pingora adds.
+        fields.reserve(10);
+        fields.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+        fields.insert(CONTENT_LENGTH, HeaderValue::from(body_len));
+        fields.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        fields.insert(X_REQUEST_ID, request_id.clone());
         if let Some(challenge) = &self.challenge {
-            head.insert_header(
+            let challenge = ["Bearer realm=\"", &settings.realm, "\"", challenge].concat();
+            // The realm was checked with the configuration, and scopes are of characters that a challenge may have.
+            let challenge = HeaderValue::from_maybe_shared(Bytes::from(challenge));
+            fields.insert(
                 WWW_AUTHENTICATE,
-                format!(r#"Bearer realm="{}"{challenge}"#, settings.realm),
-            )?;
+                challenge.unwrap_or(HeaderValue::from_static("Bearer")),
+            );
         }
         if let Some(retry_after_s) = self.retry_after_s {
-            head.insert_header(RETRY_AFTER, HeaderValue::from(retry_after_s))?;
+            fields.insert(RETRY_AFTER, HeaderValue::from(retry_after_s));
         }
-        Ok(head)
+        if let Some(rate) = rate {
+            add_rate_limit(fields, settings, rate);
+        }
+        head.into()
     }
 }
 
@@ -240,30 +251,18 @@ impl From<&EdgeRefusal> for Answer {
 }
 
 /// Adds what is left of the limit.
-///
-/// # Errors
-/// None in practice: a tier's name was checked to be a structured field string when the policy was compiled.
-pub fn add_rate_limit(
-    head: &mut ResponseHeader,
-    settings: &ResponseSettings,
-    rate: RateStatus<'_>,
-) -> pingora::Result<()> {
+pub fn add_rate_limit(fields: &mut HeaderMap, settings: &ResponseSettings, rate: RateStatus<'_>) {
     let (limit, window_s) = (rate.limit.permits(), rate.limit.window_s());
     if settings.rate_limit {
-        let name = &rate.tier.name;
-        let mut text = stack_text::Text::new();
-        let _ = write!(text, r#""{name}";q={limit};w={window_s}"#);
-        head.insert_header(RATE_LIMIT_POLICY, text.header_value())?;
-        text.clear();
-        let _ = write!(text, r#""{name}";r={};t={}"#, rate.remaining, rate.reset_s);
-        head.insert_header(RATE_LIMIT, text.header_value())?;
+        let name = &*rate.tier.name;
+        fields.insert(RATE_LIMIT_POLICY, item(name, [("q", limit), ("w", window_s)]));
+        fields.insert(RATE_LIMIT, item(name, [("r", rate.remaining), ("t", rate.reset_s)]));
     }
     if settings.legacy_rate_limit {
         for (name, number) in LEGACY.iter().zip([limit, rate.remaining, rate.reset_s]) {
-            head.insert_header(name, HeaderValue::from(number))?;
+            fields.insert(name, HeaderValue::from(number));
         }
     }
-    Ok(())
 }
 
 /// Whether the client prefers RFC 9457 over the envelope (RFC 9110 section 12.5.1): it names
@@ -289,56 +288,28 @@ pub fn prefers_problem(headers: &HeaderMap) -> bool {
 
 fn write_json_string(out: &mut String, text: &str) -> std::fmt::Result {
     out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            c if u32::from(c) < 0x20 => write!(out, "\\u{:04x}", u32::from(c))?,
-            c => out.push(c),
+    let mut rest = text;
+    while let Some(at) = rest.find(|c| c == '"' || c == '\\' || c < ' ') {
+        let (plain, special) = rest.split_at(at);
+        out.push_str(plain);
+        match special.as_bytes()[0] {
+            quoted @ (b'"' | b'\\') => out.extend(['\\', char::from(quoted)]),
+            control => write!(out, "\\u{control:04x}")?,
         }
+        rest = &special[1..];
     }
+    out.push_str(rest);
     out.push('"');
     Ok(())
 }
 
-/// Text built on the stack, for header values that change with every response.
-mod stack_text {
-    use http::HeaderValue;
-    use std::fmt;
-
-    pub struct Text {
-        bytes: [u8; 160],
-        len: usize,
-    }
-
-    impl Text {
-        pub fn new() -> Self {
-            Text {
-                bytes: [0; 160],
-                len: 0,
-            }
-        }
-
-        pub fn clear(&mut self) {
-            self.len = 0;
-        }
-
-        pub fn header_value(&self) -> HeaderValue {
-            HeaderValue::from_bytes(&self.bytes[..self.len]).unwrap_or(HeaderValue::from_static(""))
-        }
-    }
-
-    impl fmt::Write for Text {
-        fn write_str(&mut self, text: &str) -> fmt::Result {
-            let end = self.len + text.len();
-            self.bytes
-                .get_mut(self.len..end)
-                .ok_or(fmt::Error)?
-                .copy_from_slice(text.as_bytes());
-            self.len = end;
-            Ok(())
-        }
-    }
+/// A structured field item with two numbers, `"name";q=5000;w=3600`, in one allocation of just its size.
+fn item(name: &str, [first, second]: [(&str, u32); 2]) -> HeaderValue {
+    let (mut digits, mut more_digits) = (itoa::Buffer::new(), itoa::Buffer::new());
+    let (number, other) = (digits.format(first.1), more_digits.format(second.1));
+    let text = ["\"", name, "\";", first.0, "=", number, ";", second.0, "=", other].concat();
+    // A tier's name was checked to be a structured field string when the policy was compiled.
+    HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or(HeaderValue::from_static(""))
 }
 
 #[cfg(test)]

@@ -42,23 +42,31 @@ impl OurHeaders {
         })
     }
 
-    /// Takes the credential and everything of our namespace off the request.
-    pub fn strip(&self, request: &mut RequestHeader, permit: &Permit, gate: &Gate) {
-        strip(request, &self.namespace, permit, gate);
+    /// Takes off what must not travel: the credential, everything in our namespace in any spelling, method overrides.
+    pub fn strip(&self, fields: &mut HeaderMap, permit: &Permit, gate: &Gate) {
+        // Most requests carry their key here and nothing else that has to go.
+        fields.remove(&X_API_KEY);
+        if permit.credential_in_authorization() || carries_our_key(fields, gate) {
+            fields.remove(AUTHORIZATION);
+        }
+        while let Some(ours) = fields.keys().find(|name| is_ours(name.as_str(), &self.namespace)) {
+            let ours = ours.clone();
+            fields.remove(ours);
+        }
     }
 
     /// Says whose request it is.
-    pub fn tell(&self, request: &mut RequestHeader, permit: &Permit) -> pingora::Result<()> {
+    pub fn tell(&self, fields: &mut HeaderMap, permit: &Permit) -> pingora::Result<()> {
         if let Some(holder) = permit.holder() {
             let key_id = HeaderValue::from_str(holder.key_id())
                 .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
-            request.insert_header(&self.key_id, key_id)?;
-            request.insert_header(&self.organization, holder.headers().organization)?;
-            request.insert_header(&self.environment, holder.headers().environment)?;
-            request.insert_header(&self.scopes, holder.headers().scopes)?;
+            fields.insert(self.key_id.clone(), key_id);
+            fields.insert(self.organization.clone(), holder.headers().organization.clone());
+            fields.insert(self.environment.clone(), holder.headers().environment.clone());
+            fields.insert(self.scopes.clone(), holder.headers().scopes.clone());
         }
         if let Access::Keyed { tier, .. } = &permit.route().access {
-            request.insert_header(&self.tier, &tier.header)?;
+            fields.insert(self.tier.clone(), tier.header.clone());
         }
         Ok(())
     }
@@ -78,6 +86,8 @@ pub(super) fn check_parameters(gate: &Gate, request: &RequestHeader) -> Result<(
         Err(Ambiguity::PathSemicolon)
     }
 }
+
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// Asks the gate about the request of a session.
 pub(super) fn check(gate: &Gate, session: &Session, client: IpAddr, now: Now) -> Result<Permit, Refusal> {
@@ -136,10 +146,7 @@ pub(super) async fn answer(
     let problem = response::prefers_problem(&request.headers);
     let head_only = request.method == Method::HEAD;
     let (body, content_type) = answer.body(request_id.to_str().unwrap_or_default(), problem);
-    let mut head = answer.head(settings, content_type, body.len(), request_id)?;
-    if let Some(rate) = rate {
-        response::add_rate_limit(&mut head, settings, rate)?;
-    }
+    let head = answer.head(settings, content_type, body.len(), request_id, rate);
     session.write_response_header(Box::new(head), head_only).await?;
     if !head_only {
         session.write_response_body(Some(Bytes::from(body)), true).await?;
@@ -156,20 +163,6 @@ pub(super) fn host_of(request: &RequestHeader) -> &str {
             .get(HOST)
             .and_then(|host| host.to_str().ok())
             .unwrap_or_default(),
-    }
-}
-
-/// Takes off what must not travel: the credential, everything in our namespace in any spelling, method overrides.
-fn strip(request: &mut RequestHeader, namespace: &str, permit: &Permit, gate: &Gate) {
-    let authorization_is_ours = permit.credential_in_authorization() || carries_our_key(&request.headers, gate);
-    let doomed: Vec<HeaderName> = request
-        .headers
-        .keys()
-        .filter(|name| is_ours(name.as_str(), namespace) || (authorization_is_ours && **name == AUTHORIZATION))
-        .cloned()
-        .collect();
-    for name in doomed {
-        request.remove_header(&name);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::cluster::{Cluster, Status};
 use crate::control::ControlPlane;
 use crate::feed::{Feed, FeedStatus};
 use crate::meter::{Meter, MeterStatus};
-use crate::proxy::{Proxy, ProxyMetrics};
+use crate::proxy::{Durations, Proxy, ProxyMetrics};
 use crate::telemetry::metrics::{Description, HistogramSample, Metrics, Sample};
 use crate::telemetry::process;
 use crate::tls::ListenerTls;
@@ -83,15 +83,15 @@ fn requests(metrics: &mut Metrics, role: &GateRole) {
     let read = proxy.clone();
     metrics.add(&RESPONSES, move || {
         let class = |n: usize| if n == 0 { "none".to_owned() } else { format!("{n}xx") };
-        let count = |(n, count): (usize, &AtomicU64)| (vec![class(n)], load(count));
-        read.by_class.iter().enumerate().map(count).collect()
+        let count = |(n, count): (usize, u64)| (vec![class(n)], count as f64);
+        read.by_class().into_iter().enumerate().map(count).collect()
     });
     let in_flight = role.in_flight.clone();
     metrics.add_one(&REQUESTS_IN_FLIGHT, move || load(&in_flight));
-    let durations: [Reading<ProxyMetrics, (Vec<u64>, u64)>; 3] = [
-        (&DECISION, |proxy| proxy.decision.read()),
-        (&OVERHEAD, |proxy| proxy.overhead.read()),
-        (&UPSTREAM, |proxy| proxy.upstream.read()),
+    let durations: [Reading<ProxyMetrics, Durations>; 3] = [
+        (&DECISION, ProxyMetrics::decision),
+        (&OVERHEAD, ProxyMetrics::overhead),
+        (&UPSTREAM, ProxyMetrics::upstream),
     ];
     for (what, read) in durations {
         let proxy = proxy.clone();
@@ -271,14 +271,14 @@ fn own(metrics: &mut Metrics, reloads: Arc<Reloads>, certificates: Vec<Arc<Liste
     }
 }
 
-fn histogram((counts, sum_us): (Vec<u64>, u64)) -> HistogramSample {
+fn histogram(durations: Durations) -> HistogramSample {
     let bounds = crate::proxy::BUCKETS_US
         .iter()
         .map(|us| *us as f64 / 1e6)
         .chain([f64::INFINITY]);
     HistogramSample {
-        buckets: bounds.zip(counts).collect(),
-        sum: sum_us as f64 / 1e6,
+        buckets: bounds.zip(durations.counts).collect(),
+        sum: durations.sum_us as f64 / 1e6,
     }
 }
 

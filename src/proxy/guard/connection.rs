@@ -1,5 +1,7 @@
 //! What a proxy can ask about the connection that a request came on.
 
+use super::super::client_address::address_value;
+use http::HeaderValue;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
@@ -10,6 +12,7 @@ pub struct ConnectionInfo {
     pub client: Option<std::net::SocketAddr>,
     /// The connection is encrypted.
     pub is_tls: bool,
+    client_value: OnceLock<HeaderValue>,
     pub(super) keep_while: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
@@ -18,6 +21,7 @@ impl ConnectionInfo {
         ConnectionInfo {
             client,
             is_tls,
+            client_value: OnceLock::new(),
             keep_while: OnceLock::new(),
         }
     }
@@ -31,6 +35,13 @@ impl ConnectionInfo {
             .as_ref()?
             .downcast_ref::<Arc<ConnectionInfo>>()
             .map(|info| &**info)
+    }
+
+    /// The client's address as a header value, written once for all requests of the connection.
+    pub(in crate::proxy) fn client_value(&self) -> Option<HeaderValue> {
+        let client = self.client?;
+        let write = || address_value(client.ip().to_canonical());
+        Some(self.client_value.get_or_init(write).clone())
     }
 
     /// Once the connection is upgraded, asks `is_allowed` every half second, and closes the connection when it says

@@ -1,0 +1,537 @@
+//! Pingora's phases, turned into the gate's steps.
+
+use super::access_log::Entry;
+use super::at_once::{Filter, answered, done, filtered};
+use super::client_address::{client_address, forwarded_fields, remove_claims};
+use super::fields::{edit_request, edit_response};
+use super::guard::ConnectionInfo;
+use super::passing_on::{Duty, Peer};
+use super::response::{self, Answer, X_REQUEST_ID};
+use super::shared::{self, SharedLimits};
+use super::steps::{self, host_of};
+use super::upstream::Attempts;
+use super::{Context, PASSED, Proxy, UnderWay, edge, passing_on, us_between};
+use crate::gate::{Access, Permit, Refusal};
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, Version};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::modules::http::HttpModules;
+use pingora::protocols::Digest;
+use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorSource, ErrorType};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::RawFd;
+use std::time::Duration;
+#[async_trait]
+impl ProxyHttp for Proxy {
+    type CTX = Context;
+
+    fn new_ctx(&self) -> Context {
+        Context {
+            now: self.0.clock.now(),
+            client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            request_id: None,
+            permit: None,
+            refusal: None,
+            decision: PASSED,
+            upstream_started: None,
+            upstream_answered: None,
+            upstream_ended: None,
+            attempts: Attempts::default(),
+            passed_on: None,
+            _under_way: UnderWay::new(&self.0.in_flight),
+        }
+    }
+
+    /// None: the compression module that Pingora adds by default costs allocations and changes nothing here.
+    fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
+
+    fn early_request_filter<'p, 's, 'c, 'f>(
+        &'p self,
+        _session: &'s mut Session,
+        _context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<()>>
+    where
+        'p: 'f,
+        's: 'f,
+        'c: 'f,
+    {
+        filtered(Ok(()))
+    }
+
+    fn request_filter<'p, 's, 'c, 'f>(
+        &'p self,
+        session: &'s mut Session,
+        context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<bool>>
+    where
+        'p: 'f,
+        's: 'f,
+        'c: 'f,
+    {
+        let Some(limits) = self.0.shared.get() else {
+            return match self.decide(session, context) {
+                Ok(()) => answered::<false>(),
+                // Answered: Pingora goes no further.
+                Err(answer) => Box::pin(async move { self.answer(session, context, &answer).await.map(|()| true) }),
+            };
+        };
+        Box::pin(async move {
+            match self.decide_with_others(limits.as_ref(), session, context).await {
+                Ok(()) => Ok(false),
+                Err(answer) => self.answer(session, context, &answer).await.map(|()| true),
+            }
+        })
+    }
+
+    fn proxy_upstream_filter<'p, 's, 'c, 'f>(
+        &'p self,
+        _session: &'s mut Session,
+        _context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<bool>>
+    where
+        'p: 'f,
+        's: 'f,
+        'c: 'f,
+    {
+        answered::<true>()
+    }
+
+    async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
+        // Further tries are part of what the upstream took.
+        context.upstream_started.get_or_insert_with(|| self.0.clock.now());
+        if let Some(successor) = &context.passed_on {
+            return Ok(successor.clone());
+        }
+        let name = context.permit.as_ref().map_or("", |permit| permit.upstream());
+        self.0
+            .compiled
+            .load()
+            .upstreams
+            .next(name, &mut context.attempts)
+            .ok_or_else(|| Error::explain(ErrorType::InternalError, format!("no upstream is called {name:?}")))
+    }
+
+    fn connected_to_upstream<'p, 's, 'u, 'd, 'c, 'f>(
+        &'p self,
+        _session: &'s mut Session,
+        _reused: bool,
+        _peer: &'u HttpPeer,
+        _fd: RawFd,
+        _digest: Option<&'d Digest>,
+        _context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<()>>
+    where
+        'p: 'f,
+        's: 'f,
+        'u: 'f,
+        'd: 'f,
+        'c: 'f,
+    {
+        filtered(Ok(()))
+    }
+
+    fn upstream_request_filter<'p, 's, 'r, 'c, 'f>(
+        &'p self,
+        session: &'s mut Session,
+        request: &'r mut RequestHeader,
+        context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<()>>
+    where
+        'p: 'f,
+        's: 'f,
+        'r: 'f,
+        'c: 'f,
+    {
+        filtered(self.make_ready(session, request, context))
+    }
+
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        _peer: &HttpPeer,
+        context: &mut Context,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        if let Some(permit) = &context.permit {
+            self.0
+                .compiled
+                .load()
+                .upstreams
+                .count_connect_failure(permit.upstream());
+        }
+        error.set_retry(context.attempts.again_after_no_connection());
+        error
+    }
+
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<Error>,
+        context: &mut Context,
+        reused: bool,
+    ) -> Box<Error> {
+        let body_is_kept = !session.as_ref().retry_buffer_truncated();
+        let method = &session.req_header().method;
+        let again = context.attempts.again_after(&mut error, reused, method, body_is_kept);
+        error.set_retry(again);
+        error
+    }
+
+    fn upstream_response_filter<'p, 's, 'r, 'c, 'f>(
+        &'p self,
+        _session: &'s mut Session,
+        _response: &'r mut ResponseHeader,
+        _context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<()>>
+    where
+        'p: 'f,
+        's: 'f,
+        'r: 'f,
+        'c: 'f,
+    {
+        filtered(Ok(()))
+    }
+
+    fn response_filter<'p, 's, 'r, 'c, 'f>(
+        &'p self,
+        _session: &'s mut Session,
+        response: &'r mut ResponseHeader,
+        context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<()>>
+    where
+        'p: 'f,
+        's: 'f,
+        'r: 'f,
+        'c: 'f,
+    {
+        context.upstream_answered = Some(self.0.clock.now());
+        if context.passed_on.is_some() {
+            return filtered(Ok(()));
+        }
+        filtered(edit_response(response, |fields| {
+            // Ours, and the two that Pingora adds.
+            fields.reserve(5);
+            if let Some(request_id) = &context.request_id {
+                fields.insert(X_REQUEST_ID, request_id.clone());
+            }
+            if let Some(rate) = context.permit.as_ref().and_then(Permit::rate) {
+                response::add_rate_limit(fields, &self.0.compiled.load().response, rate);
+            }
+            Ok(())
+        }))
+    }
+
+    fn response_body_filter(
+        &self,
+        _session: &mut Session,
+        _body: &mut Option<Bytes>,
+        end_of_stream: bool,
+        context: &mut Context,
+    ) -> pingora::Result<Option<Duration>> {
+        if end_of_stream {
+            context.upstream_ended = Some(self.0.clock.now());
+        }
+        Ok(None)
+    }
+
+    fn request_body_filter<'p, 's, 'b, 'c, 'f>(
+        &'p self,
+        _session: &'s mut Session,
+        body: &'b mut Option<Bytes>,
+        end_of_stream: bool,
+        _context: &'c mut Context,
+    ) -> Filter<'f, pingora::Result<()>>
+    where
+        'p: 'f,
+        's: 'f,
+        'b: 'f,
+        'c: 'f,
+    {
+        edge::end_body_once(body, end_of_stream);
+        filtered(Ok(()))
+    }
+
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
+        if context.upstream_started.is_some() {
+            let now = self.0.clock.now();
+            context.upstream_answered.get_or_insert(now);
+            context.upstream_ended.get_or_insert(now);
+            // Pingora closes the connection after this answer, whatever is returned below: the client must be told.
+            session.set_keepalive(None);
+        }
+        let answer = edge::guard_refusal(error)
+            .map(|refusal| Answer::from(&refusal))
+            .or_else(|| answer_to(error));
+        let Some(answer) = answer.filter(|_| session.response_written().is_none()) else {
+            context.decision = if *error.esource() == ErrorSource::Upstream {
+                "BAD_GATEWAY"
+            } else {
+                "CLIENT_GONE"
+            };
+            return FailToProxy {
+                error_code: 0,
+                can_reuse_downstream: false,
+            };
+        };
+        let written = self.answer(session, context, &answer).await;
+        FailToProxy {
+            error_code: answer.status.as_u16(),
+            can_reuse_downstream: written.is_ok(),
+        }
+    }
+
+    fn logging<'p, 's, 'e, 'c, 'f>(
+        &'p self,
+        session: &'s mut Session,
+        _error: Option<&'e Error>,
+        context: &'c mut Context,
+    ) -> Filter<'f, ()>
+    where
+        'p: 'f,
+        's: 'f,
+        'e: 'f,
+        'c: 'f,
+    {
+        self.record(session, context);
+        done()
+    }
+
+    /// As below: what was tried again is counted.
+    fn suppress_proxy_warn_log(
+        &self,
+        _session: &Session,
+        _context: &Context,
+        _error: &Error,
+        _why: ProxyWarnLogContext,
+    ) -> bool {
+        true
+    }
+
+    /// Pingora logs every failed request as an error with its whole summary; the access log has them.
+    fn suppress_error_log(&self, _session: &Session, _context: &Context, _error: &Error) -> bool {
+        true
+    }
+}
+
+impl Proxy {
+    async fn answer(&self, session: &mut Session, context: &mut Context, answer: &Answer) -> pingora::Result<()> {
+        context.decision = answer.code;
+        let compiled = self.0.compiled.load_full();
+        if answer.status != http::StatusCode::BAD_REQUEST || context.refusal.is_some() {
+            steps::read_on(session);
+        }
+        let request_id = context
+            .request_id
+            .get_or_insert_with(|| self.0.ids.of(&session.req_header().headers))
+            .clone();
+        let rate = context.refusal.as_ref().and_then(|refusal| refusal.rate());
+        steps::answer(session, answer, rate, &compiled.response, &request_id).await
+    }
+
+    /// Asks the gate; `Err` is the answer where the request goes no further.
+    fn decide(&self, session: &mut Session, context: &mut Context) -> Result<(), Answer> {
+        self.before_the_gate(session, context)?;
+        // Held for the decision and no longer: a hand-over waits until nobody holds it.
+        let duty = self.0.duty.load();
+        if let Duty::PassOn(successor) = &**duty {
+            context.passed_on = Some(successor.clone());
+            return Ok(());
+        }
+        let decided = steps::check(&self.0.gate, session, context.client, context.now);
+        drop(duty);
+        self.after_the_gate(session, context, decided)
+    }
+
+    /// The same where limits are shared: a request may have to wait for permits.
+    async fn decide_with_others(
+        &self,
+        limits: &dyn SharedLimits,
+        session: &mut Session,
+        context: &mut Context,
+    ) -> Result<(), Answer> {
+        self.before_the_gate(session, context)?;
+        // As above, through a wait of some milliseconds.
+        let duty = self.0.duty.load_full();
+        if let Duty::PassOn(successor) = &*duty {
+            context.passed_on = Some(successor.clone());
+            return Ok(());
+        }
+        let (gate, clock) = (&self.0.gate, &self.0.clock);
+        let decided = shared::check(limits, gate, clock, session, context.client, context.now).await;
+        drop(duty);
+        self.after_the_gate(session, context, decided)
+    }
+
+    fn before_the_gate(&self, session: &Session, context: &mut Context) -> Result<(), Answer> {
+        if let Some(peer) = Peer::of(session) {
+            let compiled = self.0.compiled.load();
+            context.client = client_address(
+                peer.address.ip(),
+                &session.req_header().headers,
+                &compiled.trusted_proxies,
+            )
+            .client;
+        }
+        let method = &session.req_header().method;
+        if method == Method::TRACE || method == Method::CONNECT {
+            return Err(Answer::method_not_allowed());
+        }
+        steps::check_parameters(&self.0.gate, session.req_header())
+            .map_err(|ambiguity| Answer::from(&edge::EdgeRefusal::from(ambiguity)))
+    }
+
+    fn after_the_gate(
+        &self,
+        session: &mut Session,
+        context: &mut Context,
+        decided: Result<Permit, Refusal>,
+    ) -> Result<(), Answer> {
+        let permit = decided.map_err(|refusal| Answer::of(context.refusal.insert(refusal)))?;
+        if edge::filter_upgrade(session.req_header_mut(), permit.route().upgrade) {
+            self.end_with_its_key(session, &permit);
+        }
+        context.permit = Some(permit);
+        Ok(())
+    }
+
+    /// Makes a request ready for its upstream: what must not travel goes, and what the upstream is told comes.
+    fn make_ready(&self, session: &Session, request: &mut RequestHeader, context: &mut Context) -> pingora::Result<()> {
+        if context.passed_on.is_some() {
+            return passing_on::name_client(session, request);
+        }
+        // Without a permit nothing travels upstream, whatever phase order a later Pingora has.
+        let permit = context
+            .permit
+            .as_ref()
+            .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
+        let compiled = self.0.compiled.load();
+        let sent = session.req_header();
+        if request.version == Version::HTTP_10 {
+            request.set_version(Version::HTTP_11);
+        }
+        let request_id = context.request_id.get_or_insert_with(|| self.0.ids.of(&sent.headers));
+        passing_on::forget_client(session, request);
+        edit_request(request, |fields| {
+            // Five that say whose request it is, three that say where it comes from.
+            fields.reserve(8);
+            compiled.names.strip(fields, permit, &self.0.gate);
+            remove_claims(fields);
+            if let Some(Peer { address, is_tls }) = Peer::of(session) {
+                let (peer, connection) = (address.ip(), ConnectionInfo::of(session.digest()));
+                // Nobody in front of us is believed: the connection has its client's address ready.
+                let known = connection.filter(|_| !compiled.trusted_proxies.contains(peer));
+                let (chain, scheme) = match known.and_then(ConnectionInfo::client_value) {
+                    Some(client) => (client, if is_tls { "https" } else { "http" }),
+                    None => {
+                        let (_, chain, scheme) =
+                            forwarded_fields(peer, is_tls, &sent.headers, &compiled.trusted_proxies);
+                        (chain, scheme)
+                    }
+                };
+                fields.insert(X_FORWARDED_FOR, chain);
+                fields.insert(X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
+            }
+            compiled.names.tell(fields, permit)?;
+            fields.insert(X_REQUEST_ID, request_id.clone());
+            Ok(())
+        })
+    }
+
+    /// Counts and logs a request that is over.
+    fn record(&self, session: &Session, context: &Context) {
+        // The process that decided has logged and counted it.
+        if context.passed_on.is_some() && context.decision == PASSED {
+            return;
+        }
+        let status = session
+            .response_written()
+            .map_or(0, |response| response.status.as_u16());
+        let route = context
+            .permit
+            .as_ref()
+            .map(Permit::route)
+            .or(context.refusal.as_ref().and_then(|r| r.route.as_ref()));
+        let tier = match route.map(|route| &route.access) {
+            Some(Access::Keyed { tier, .. }) => Some(&**tier),
+            _ => None,
+        };
+        let now = self.0.clock.now();
+        let times = context.times(now);
+        self.0.metrics.record(context.decision, tier, status, Some(&times));
+        let holder = context
+            .permit
+            .as_ref()
+            .and_then(Permit::holder)
+            .or(context.refusal.as_ref().and_then(|r| r.holder.as_ref()));
+        if let (Some(counts), Some(holder)) = (&self.0.key_counts, holder) {
+            counts.record(holder.key_id(), context.decision);
+        }
+        let Some(access_log) = &self.0.access_log else { return };
+        let request = session.req_header();
+        access_log.log(&Entry {
+            unix_ms: context.now.unix_ms,
+            client: &context.client.to_string(),
+            request_id: context
+                .request_id
+                .as_ref()
+                .and_then(|id| id.to_str().ok())
+                .unwrap_or("-"),
+            method: request.method.as_str(),
+            host: host_of(request),
+            path: request.uri.path(),
+            status,
+            decision: context.decision,
+            route: route.map_or("", |route| &route.name),
+            tier: tier.map_or("", |tier| &tier.name),
+            key_id: holder.map_or("", |holder| holder.key_id()),
+            organization: holder.map_or("", |holder| holder.organization()),
+            duration_us: us_between(context.now, now),
+            upstream_us: times.upstream_us.unwrap_or_default(),
+            bytes_sent: session.body_bytes_sent(),
+            traceparent: request
+                .headers
+                .get("traceparent")
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or_default(),
+        });
+    }
+
+    /// An upgraded connection has no further requests to refuse, so it is watched for as long as it lasts.
+    fn end_with_its_key(&self, session: &Session, permit: &Permit) {
+        let (proxy, ticket) = (self.clone(), permit.ticket());
+        if let Some(connection) = ConnectionInfo::of(session.digest()) {
+            connection.keep_while(move || proxy.0.gate.still_permits(&ticket, proxy.0.clock.now()));
+        }
+    }
+}
+
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// What the client is told when the exchange with the upstream failed; `None` where the client itself is gone.
+fn answer_to(error: &Error) -> Option<Answer> {
+    use ErrorType::{
+        ConnectTimedout, ConnectionClosed, HTTPStatus, InvalidHTTPHeader, ReadError, ReadTimedout,
+        TLSHandshakeTimedout, WriteError, WriteTimedout,
+    };
+    match (error.esource(), error.etype()) {
+        (_, HTTPStatus(status)) if *status < 500 => {
+            let status = http::StatusCode::from_u16(*status).unwrap_or(http::StatusCode::BAD_REQUEST);
+            Some(Answer::new(
+                status,
+                "AMBIGUOUS_REQUEST",
+                "The request is not well-formed HTTP.",
+            ))
+        }
+        (ErrorSource::Downstream, WriteError | ReadError | ConnectionClosed | ReadTimedout | WriteTimedout) => None,
+        (ErrorSource::Downstream, InvalidHTTPHeader) | (ErrorSource::Downstream, _) => {
+            Some(Answer::ambiguous("The request is not well-formed HTTP."))
+        }
+        (_, ConnectTimedout | ReadTimedout | WriteTimedout | TLSHandshakeTimedout) => Some(Answer::upstream_timeout()),
+        _ => Some(Answer::bad_gateway()),
+    }
+}
