@@ -36,6 +36,8 @@ pub mod meter;
 pub mod metrics {}
 #[doc = include_str!("manual/operations.md")]
 pub mod operations {}
+#[doc = include_str!("manual/performance.md")]
+pub mod performance {}
 pub mod proxy;
 #[doc = include_str!("manual/cluster.md")]
 pub mod running_many_gates {}
