@@ -193,6 +193,8 @@ async fn serve<A: ServerApp + Send + Sync + 'static>(app: Arc<A>) -> SocketAddr 
     tokio::spawn(async move {
         let (_stop, stopped) = watch::channel(false);
         while let Ok((stream, _)) = listener.accept().await {
+            // As Pingora's listeners do; otherwise each answer waits for a delayed acknowledgement.
+            stream.set_nodelay(true).expect("a socket of ours");
             let (app, stopped) = (app.clone(), stopped.clone());
             tokio::spawn(async move { app.process_new(Box::new(Stream::from(stream)), &stopped).await });
         }
