@@ -1,12 +1,12 @@
 //! One HTTP/1 message, and what follows it.
 
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BytesMut};
 use pingora::protocols::Stream;
-use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 
 use super::super::strict::{Ambiguity, BodyFraming, ChunkCheck, HeadFraming};
 use super::{Guard, GuardError, MIN_READ, Mode};
@@ -178,10 +178,13 @@ fn poll_read_ahead(
 
 /// Reads up to `most` bytes into the buffer's end.
 fn poll_fill(io: &mut Stream, buffer: &mut BytesMut, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
-    buffer.reserve(most);
-    // A read that is dropped before it is ready has taken nothing, and no byte has to be set to zero for it.
-    let mut space = buffer.limit(most);
-    pin!(io.read_buf(&mut space)).poll(cx)
+    let before = buffer.len();
+    buffer.resize(before + most, 0);
+    let mut space = ReadBuf::new(&mut buffer[before..]);
+    let result = Pin::new(io).poll_read(cx, &mut space);
+    let read = space.filled().len();
+    buffer.truncate(before + read);
+    result.map_ok(|()| read)
 }
 
 /// At once for a chunked body, which must be looked at before it is passed on.
