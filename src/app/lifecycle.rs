@@ -20,6 +20,7 @@ use pingora::services::background::BackgroundService;
 use sd_notify::NotifyState;
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
@@ -316,7 +317,7 @@ pub fn notify(states: &[NotifyState<'_>]) {
 /// Something that a signal starts.
 pub type Act = Box<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// Watches for signals, and tells Pingora when to stop accepting.
+/// What signals do.
 pub struct Signals {
     /// The life to end.
     pub lifecycle: Arc<Lifecycle>,
@@ -327,8 +328,23 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Follows signals for as long as the process lives. The sender says when handlers are in place.
-    async fn follow(self: Arc<Self>, watching: tokio::sync::oneshot::Sender<()>) {
+    /// Follows signals for as long as the process lives, from the return of this on: a signal that came before anybody
+    /// listens for it would end the process. On a thread of its own: Pingora's sleeps once it was told to shut down.
+    ///
+    /// # Errors
+    /// There is no thread, or no handler can be set.
+    pub fn follow(self) -> io::Result<()> {
+        let (watching, watched) = mpsc::channel();
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime.block_on(self.follow_for_ever(&watching)),
+                Err(error) => log::error!("signals cannot be followed: {error}"),
+            }
+        })?;
+        watched.recv().map_err(io::Error::other)
+    }
+
+    async fn follow_for_ever(&self, watching: &mpsc::Sender<()>) {
         let stream =
             |kind: SignalKind| signal(kind).expect("a signal handler can be set: the numbers are the system's own");
         let (mut term, mut int, mut hup, mut quit) = (
@@ -337,7 +353,7 @@ impl Signals {
             stream(SignalKind::hangup()),
             stream(SignalKind::quit()),
         );
-        // Nobody may be waiting any more, if the process ends already.
+        // Whoever started the thread waits for it.
         let _ = watching.send(());
         loop {
             tokio::select! {
@@ -360,25 +376,13 @@ impl Signals {
     }
 }
 
-/// Pingora's view of [`Signals`].
-pub struct Shutdown(pub Arc<Signals>);
+/// Pingora's view of a life: when to stop accepting.
+pub struct Shutdown(pub Arc<Lifecycle>);
 
 #[async_trait]
 impl ShutdownSignalWatch for Shutdown {
     async fn recv(&self) -> ShutdownSignal {
-        let (watching, watched) = tokio::sync::oneshot::channel();
-        let signals = self.0.clone();
-        // On a thread of its own: Pingora's sleeps once it has been told to shut down.
-        let spawned = std::thread::Builder::new().name("signals".into()).spawn(move || {
-            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime.block_on(signals.follow(watching)),
-                Err(error) => log::error!("signals cannot be followed: {error}"),
-            }
-        });
-        if spawned.is_err() || watched.await.is_err() {
-            log::error!("signals are not followed: end this process by KILL");
-        }
-        self.0.lifecycle.reached(Stage::Draining).await;
+        self.0.reached(Stage::Draining).await;
         // Pingora stops accepting, and tells clients to close.
         ShutdownSignal::GracefulTerminate
     }

@@ -158,7 +158,6 @@ impl Process {
 
     /// Runs until a signal ends the process; does not return then.
     pub fn run(mut self) -> Result<(), AppError> {
-        self.announce()?;
         let (grace, threads, pool) = match &self.config.gate {
             Some(gate) => (gate.shutdown_grace, gate.threads, gate.limits.upstream_pool),
             None => (Duration::from_secs(10), Some(1), 1),
@@ -185,6 +184,17 @@ impl Process {
         let lifecycle = Lifecycle::new(in_flight, grace);
         let reloader = Arc::new(Reloader::new(&self));
         let upgrade = Arc::new(self.upgrade(&lifecycle));
+        let (reloader_of_hup, upgrade_of_quit) = (reloader.clone(), upgrade.clone());
+        let signals = Signals {
+            lifecycle: lifecycle.clone(),
+            reload: Box::new(move || {
+                let reloader = reloader_of_hup.clone();
+                Box::pin(async move { drop(reloader.reload().await) })
+            }),
+            hand_over: Box::new(move || Box::pin(upgrade_of_quit.clone().hand_over_to_waiting())),
+        };
+        signals.follow()?;
+        self.announce()?;
 
         let opened = self.add_control(&mut server, &lifecycle);
         if let Some((listener, _)) = self.demo.take() {
@@ -221,16 +231,8 @@ impl Process {
         if let Some(gate) = self.gate.take() {
             gate.add_to(&mut server, &lifecycle, &self.clock);
         }
-        let signals = Signals {
-            lifecycle,
-            reload: Box::new(move || {
-                let reloader = reloader.clone();
-                Box::pin(async move { drop(reloader.reload().await) })
-            }),
-            hand_over: Box::new(move || Box::pin(upgrade.clone().hand_over_to_waiting())),
-        };
         server.run(RunArgs {
-            shutdown_signal: Box::new(Shutdown(Arc::new(signals))),
+            shutdown_signal: Box::new(Shutdown(lifecycle)),
         });
         Ok(())
     }
