@@ -445,10 +445,11 @@ mod tests {
         let settings = Settings {
             format: Format::Text,
             output: Output::File(path),
-            buffer_lines: 100,
+            // More than a pipe's 64 KiB, so that the writer hangs however late its thread comes to run.
+            buffer_lines: 2_000,
         };
         let (log, writer) = AccessLog::open(&settings).unwrap();
-        // Far more than a pipe's 64 KiB and the buffer hold.
+        // Far more than the pipe and the buffer hold.
         const LINES: u64 = 20_000;
         for _ in 0..LINES {
             log.log(&ENTRY);
