@@ -64,9 +64,10 @@ pub struct Valkey {
     link: Mutex<Option<Link>>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "a process has one of them")]
 enum Source {
     Server(redis::Client),
-    Sentinel(Box<Mutex<SentinelClient>>),
+    Sentinel(Mutex<SentinelClient>),
     Cluster(ClusterClient),
 }
 
@@ -93,9 +94,7 @@ impl Valkey {
         let unfit = |error: RedisError| StoreError::Unfit(format!("its URL: {error}"));
         let source = match place {
             Place::Server(url) => Source::Server(redis::Client::open(url.as_str()).map_err(unfit)?),
-            Place::Sentinel { urls, master } => {
-                Source::Sentinel(Box::new(Mutex::new(sentinel(urls, master).map_err(unfit)?)))
-            }
+            Place::Sentinel { urls, master } => Source::Sentinel(Mutex::new(sentinel(urls, master).map_err(unfit)?)),
             Place::Cluster(urls) => {
                 let builder = ClusterClient::builder(urls.iter().map(String::as_str));
                 let builder = builder.connection_timeout(timeout).response_timeout(timeout).retries(1);

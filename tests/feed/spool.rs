@@ -88,7 +88,9 @@ async fn nothing_is_acknowledged_that_a_restart_would_undo() {
     let (directory, copies) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let plane = Plane::start((0..KEYS).map(key)).await;
     let (spool, copy) = (directory.path().join("keys.spool"), copies.path().to_owned());
-    let found: Arc<Mutex<Vec<(u64, Option<u64>)>>> = Arc::default();
+    /// Each acknowledged revision, and the one on the disk at that moment.
+    type Found = Vec<(u64, Option<u64>)>;
+    let found: Arc<Mutex<Found>> = Arc::default();
     let finding = Arc::clone(&found);
     plane.state().on_ack = Some(Box::new(move |ack| {
         let revision = fs::read(&spool).ok().and_then(|bytes| load(&copy, &bytes).1);
