@@ -112,7 +112,7 @@ async fn serve(directory: &str) {
     println!("http://{}", listener.local_addr().expect("it is bound"));
     let ended = tokio::task::spawn_blocking(|| std::io::stdin().lines().for_each(drop));
     plane
-        .serve(listener, async {
+        .serve(listener, None, async {
             let _ = ended.await;
         })
         .await
