@@ -33,7 +33,9 @@ pub fn assemble(config: &Config, clock: &Clock) -> Result<Option<Cluster>, AppEr
         },
         ClusterMode::Cluster => Place::Cluster(urls()),
     };
-    let store = Valkey::new(&place, &cluster.key_prefix, cluster.lost_after)
+    // A little sooner than the exchange is given up: a connection that hangs is then dropped, and not met again.
+    let patience = cluster.lost_after - cluster.lost_after / 10;
+    let store = Valkey::new(&place, &cluster.key_prefix, patience)
         .map_err(|error| AppError::Failed(format!("cluster.url: {error}")))?;
     let mut random = [0; 8];
     getrandom::fill(&mut random).map_err(|error| AppError::Failed(format!("no random numbers: {error}")))?;

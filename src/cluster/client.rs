@@ -86,8 +86,7 @@ impl Cluster {
     /// More permits are wanted for a window. Does not wait.
     pub fn want(&self, reservation: &Arc<Reservation>) {
         let part = self.0.part_of(reservation);
-        let now_ns = self.0.clock.now().elapsed_ns;
-        let mut coordinator = part.lock();
+        let (mut coordinator, now_ns) = part.lock(&self.0.clock);
         if !coordinator.want(reservation.handle(), reservation, now_ns) {
             let name = reservation.name().clone();
             let handle = coordinator.open(name, reservation.window_ms(), reservation.clone(), now_ns);
@@ -132,7 +131,9 @@ impl Cluster {
         let ended = async {
             ended.await;
             for part in &self.0.parts {
-                part.lock().leave(self.0.clock.now().elapsed_ns);
+                let (mut coordinator, now_ns) = part.lock(&self.0.clock);
+                coordinator.leave(now_ns);
+                drop(coordinator);
                 part.work.notify_one();
             }
         };
@@ -151,7 +152,6 @@ impl Cluster {
 
     /// What has been counted.
     pub fn status(&self) -> Status {
-        let now_ns = self.0.clock.now().elapsed_ns;
         let mut status = Status {
             waited: self.0.waited.load(Ordering::Relaxed),
             waited_in_vain: self.0.waited_in_vain.load(Ordering::Relaxed),
@@ -159,7 +159,7 @@ impl Cluster {
             ..Status::default()
         };
         for part in &self.0.parts {
-            let coordinator = part.lock();
+            let (coordinator, now_ns) = part.lock(&self.0.clock);
             status.counts.add(&coordinator.counts());
             status.unacked += coordinator.unacked();
             status.windows += coordinator.windows();
@@ -187,8 +187,7 @@ impl Inner {
         let mut under_way = FuturesUnordered::new();
         loop {
             let due = {
-                let mut coordinator = part.lock();
-                let now_ns = self.clock.now().elapsed_ns;
+                let (mut coordinator, now_ns) = part.lock(&self.clock);
                 coordinator.tick(now_ns);
                 while let Some((number, batch)) = coordinator.next_batch(now_ns) {
                     under_way.push(self.exchange(index as u16, number, batch));
@@ -200,7 +199,9 @@ impl Inner {
             };
             tokio::select! {
                 Some((number, answer)) = under_way.next() => {
-                    part.lock().answered(number, answer.as_ref(), self.clock.now().elapsed_ns);
+                    let (mut coordinator, now_ns) = part.lock(&self.clock);
+                    coordinator.answered(number, answer.as_ref(), now_ns);
+                    drop(coordinator);
                     part.news.notify_waiters();
                 }
                 () = part.work.notified() => {}
@@ -266,8 +267,11 @@ impl Inner {
 }
 
 impl Part {
-    fn lock(&self) -> MutexGuard<'_, Coordinator> {
-        self.coordinator.lock().unwrap_or_else(|e| e.into_inner())
+    /// The coordinator, and the time for it. Read in this order: a reading from before another thread's turn would be
+    /// a time that runs backwards.
+    fn lock(&self, clock: &Clock) -> (MutexGuard<'_, Coordinator>, u64) {
+        let coordinator = self.coordinator.lock().unwrap_or_else(|e| e.into_inner());
+        (coordinator, clock.now().elapsed_ns)
     }
 }
 
@@ -284,5 +288,79 @@ impl<'a> Waiting<'a> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.waited(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::MemoryStore;
+    use super::super::protocol::OnLoss;
+    use super::*;
+    use crate::gate::limit::Limit;
+    use async_trait::async_trait;
+
+    /// Answers at once.
+    #[derive(Debug)]
+    struct Near(Mutex<MemoryStore>, Clock);
+
+    #[async_trait]
+    impl Store for Near {
+        fn partitions(&self) -> u16 {
+            1
+        }
+
+        async fn exchange(&self, _partition: u16, batch: &Batch) -> Result<BatchAnswer, StoreError> {
+            Ok(self.0.lock().unwrap().exchange(batch, self.1.now().unix_ms as u64))
+        }
+
+        async fn check(&self) -> Result<Vec<String>, StoreError> {
+            Ok(vec![])
+        }
+    }
+
+    /// Requests and answers come on different threads. None may see the coordinator at a time before that of another's
+    /// turn: differences of times would be negative, which ends a request without an answer, or makes a loss look old.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn time_does_not_run_backwards_between_threads() {
+        let clock = Clock::system();
+        let settings = Settings {
+            id: 7,
+            name: "gate".into(),
+            on_loss: OnLoss::Closed,
+            // A sign of life every millisecond.
+            lost_after: Duration::from_millis(3),
+            max_clock_skew: Duration::ZERO,
+            longest_window_ms: 1_000,
+        };
+        let near = Near(Mutex::new(MemoryStore::new("run")), clock.clone());
+        let cluster = Cluster::new(&settings, Duration::from_millis(5), Arc::new(near), clock);
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let running = tokio::spawn({
+            let cluster = cluster.clone();
+            async move { cluster.run(async { drop(ended.await) }).await }
+        });
+        let askers: Vec<_> = (0..2)
+            .map(|n| {
+                let cluster = cluster.clone();
+                let limit = Limit::new(100, 1_000).unwrap();
+                let reservation = Arc::new(Reservation::new(&format!("key_{n}"), "default", limit));
+                std::thread::spawn(move || {
+                    let begin = std::time::Instant::now();
+                    for n in 0.. {
+                        cluster.want(&reservation);
+                        let was_asked = cluster.status().counts.asks > 0;
+                        if (n > 20_000 && was_asked) || begin.elapsed() > Duration::from_secs(20) {
+                            break;
+                        }
+                    }
+                })
+            })
+            .collect();
+        tokio::task::spawn_blocking(|| askers.into_iter().for_each(|asker| asker.join().unwrap()))
+            .await
+            .unwrap();
+        assert!(cluster.status().counts.asks > 0, "nothing was asked of the store");
+        end.send(()).unwrap();
+        running.await.unwrap();
     }
 }

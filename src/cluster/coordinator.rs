@@ -65,7 +65,7 @@ pub struct Counts {
     pub identities: u64,
 }
 
-/// The state of the protocol at one gate.
+/// The state of the protocol at one gate. No time that it is told may be before one that it was told earlier.
 #[derive(Debug)]
 pub struct Coordinator {
     settings: Settings,

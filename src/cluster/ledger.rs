@@ -179,6 +179,8 @@ impl Ledger {
                 self.generation = self.generation.max(pending.generation);
                 self.record(&pending, &grant);
                 if accept {
+                    // Here, not only where more is wanted: who counts alone wants nothing.
+                    self.reservation.count_alone(false);
                     self.take_in(&pending, &grant, now);
                 }
                 // What was held had lapsed on the way, or the grant does not count: it still wants.

@@ -45,7 +45,7 @@ impl MemoryStore {
     }
 
     fn ask(&mut self, name: &Arc<str>, ask: &Ask, now_ms: u64) -> Answer {
-        if self.windows.get(name).is_some_and(|hash| hash.expires_ms <= now_ms) {
+        if self.windows.get(name).is_some_and(|hash| hash.is_over(now_ms)) {
             self.windows.remove(name);
         }
         if let Some(hash) = self.windows.get_mut(name) {
@@ -84,6 +84,11 @@ struct Field {
 }
 
 impl Hash {
+    /// Whether it has expired, as a key does. One in which nothing counts any more does at once.
+    pub fn is_over(&self, now_ms: u64) -> bool {
+        self.expires_ms <= now_ms
+    }
+
     /// Does what `script.lua` does, at `now_ms`.
     pub fn apply(&mut self, ask: &Ask, now_ms: u64) -> Answer {
         let (window, buckets) = (ask.window_ms, buckets(ask.window_ms));

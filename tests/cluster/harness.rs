@@ -137,11 +137,11 @@ pub struct Setup {
     pub limit: u32,
     pub window: Duration,
     pub on_loss: &'static str,
-    pub wait: &'static str,
+    pub wait: Duration,
 }
 
 impl Setup {
-    pub async fn new(limit: u32, window: Duration, on_loss: &'static str, wait: &'static str) -> Self {
+    pub async fn new(limit: u32, window: Duration, on_loss: &'static str, wait: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let upstream = listener.local_addr().unwrap();
         tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(|| async { "up" })).await });
@@ -186,17 +186,31 @@ impl Setup {
         let text = format!(
             "version: 1\ngate:\n  name: {name}\n  threads: 1\n  listen: [{{address: \"127.0.0.1:0\"}}]\n  state_dir: {}\n  \
              feed: {{file: \"{}\"}}\ntiers:\n  default: {{limit: {}, window: {}ms}}\nupstreams:\n  mine: {{servers: [\"{}\"]}}\n\
-             admin: {{listen: \"127.0.0.1:0\"}}\ncluster: {{{store}, on_loss: {}, wait: {}, lost_after: 500ms, max_clock_skew: 5ms}}\n",
+             admin: {{listen: \"127.0.0.1:0\"}}\ncluster: {{{store}, on_loss: {}, wait: {}ms, lost_after: 500ms, max_clock_skew: 5ms}}\n",
             dir.join("state").display(),
             self.dir.path().join("keys.ndjson").display(),
             self.limit,
             self.window.as_millis(),
             self.upstream,
             self.on_loss,
-            self.wait,
+            self.wait.as_millis(),
         );
         fs::write(&config, text).unwrap();
         Gate::start(dir, config)
+    }
+}
+
+impl Drop for Gate {
+    /// A request whose task panicked gets no answer; from outside that looks like a fault of the network.
+    fn drop(&mut self) {
+        for name in ["stdout", "stderr"] {
+            let said = fs::read_to_string(self.dir.join(name)).unwrap_or_default();
+            if let Some(at) = said.find("panicked") {
+                let from = said[..at].rfind('\n').unwrap_or(0);
+                eprintln!("a gate panicked: {}", &said[from..]);
+                assert!(std::thread::panicking(), "a gate panicked");
+            }
+        }
     }
 }
 
@@ -352,6 +366,10 @@ impl Wire {
 /// One request: when it was sent, when it was answered, and how.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
+    /// Which of the gates.
+    pub gate: usize,
+    /// How much later than planned it was sent: how busy the machine is.
+    pub late: Duration,
     pub sent: Instant,
     pub answered: Instant,
     pub status: u16,
@@ -378,8 +396,10 @@ pub async fn offer(
 ) -> Vec<Asked> {
     let (begin, mut under_way, mut n) = (tokio::time::Instant::now(), tokio::task::JoinSet::new(), 0_u32);
     while begin.elapsed() < lasting {
-        tokio::time::sleep_until(begin + Duration::from_secs(1) * n / per_second).await;
-        let request = client.get(&urls[n as usize % urls.len()]).header("x-api-key", secret);
+        let due = begin + Duration::from_secs(1) * n / per_second;
+        tokio::time::sleep_until(due).await;
+        let gate = n as usize % urls.len();
+        let request = client.get(&urls[gate]).header("x-api-key", secret);
         under_way.spawn(async move {
             let sent = Instant::now();
             let status = match request.send().await {
@@ -390,6 +410,8 @@ pub async fn offer(
                 }
             };
             Asked {
+                gate,
+                late: sent - due.into_std(),
                 sent,
                 answered: Instant::now(),
                 status,
