@@ -226,14 +226,16 @@ pub fn frames(data: &[u8]) {
     };
     let mut whole = FrameWatch::new(limits);
     let mut parts = FrameWatch::new(limits);
-    let outcome = whole.received(data);
+    let (mut at_once, mut in_parts) = (data.to_vec(), data.to_vec());
+    let outcome = whole.received(&mut at_once);
     let mut part_outcome = Ok(());
-    for part in data.chunks(5) {
+    for part in in_parts.chunks_mut(5) {
         part_outcome = part_outcome.and_then(|()| parts.received(part));
     }
     assert_eq!(outcome, part_outcome);
     if outcome.is_ok() {
         assert_eq!(whole.patience(), parts.patience());
+        assert_eq!(at_once, in_parts);
     }
     whole.sent(data);
     let _ = whole.waited(Duration::from_secs(1));

@@ -124,18 +124,26 @@ impl FrameWatch {
         self.sent.filled == 0
     }
 
-    /// The client sent `bytes`.
+    /// The client sent `bytes`. A GOAWAY among them becomes a frame of a type that nobody knows, and so ignores: it
+    /// speaks of streams that a server opened, of which there are none here, but the HTTP/2 library takes it for a
+    /// reason to hang up, whatever the client has still to say.
     ///
     /// # Errors
     /// [`GuardError::FrameFlood`]; [`GuardError::FrameInvalid`] for what the HTTP/2 library would end the connection
     /// for, too, but with another error code than RFC 9113 asks for.
-    pub fn received(&mut self, mut bytes: &[u8]) -> Result<(), GuardError> {
-        let preface = self.preface_left.min(bytes.len());
-        self.preface_left -= preface;
-        bytes = &bytes[preface..];
-        while !bytes.is_empty() {
-            let (used, piece) = self.received.advance(bytes);
-            bytes = &bytes[used..];
+    pub fn received(&mut self, bytes: &mut [u8]) -> Result<(), GuardError> {
+        let mut at = self.preface_left.min(bytes.len());
+        self.preface_left -= at;
+        while at < bytes.len() {
+            // Between frames, and within headers, `filled` says how much of the header came before.
+            let kind_at = (self.received.filled <= KIND_AT).then(|| at + KIND_AT - self.received.filled);
+            let (used, piece) = self.received.advance(&bytes[at..]);
+            at += used;
+            if let Some(kind) = kind_at.filter(|kind_at| *kind_at < at)
+                && bytes[kind] == GOAWAY
+            {
+                bytes[kind] = IGNORED;
+            }
             match piece {
                 Piece::Header(frame) => {
                     check_length(frame)?;
@@ -270,6 +278,7 @@ impl FrameWatch {
             }
             // RFC 9113 section 8.4: a client cannot push. Without its end the HTTP/2 library would wait for the rest.
             PUSH_PROMISE => return Err(GuardError::FrameInvalid(PROTOCOL_ERROR)),
+            GOAWAY if frame.stream != 0 => return Err(GuardError::FrameInvalid(PROTOCOL_ERROR)),
             CONTINUATION => self.in_header_block = frame.flags & END_HEADERS == 0,
             RST_STREAM => {
                 self.forget(frame.stream);
@@ -318,7 +327,7 @@ impl FrameHeader {
             }
             return (step, Piece::Header(frame));
         }
-        let entry = match self.bytes[3] {
+        let entry = match self.bytes[KIND_AT] {
             WINDOW_UPDATE => 4,
             SETTINGS => 6,
             _ => 0,
@@ -357,7 +366,7 @@ impl FrameHeader {
         let b = &self.bytes;
         Frame {
             length: usize::from(b[0]) << 16 | usize::from(b[1]) << 8 | usize::from(b[2]),
-            kind: b[3],
+            kind: b[KIND_AT],
             flags: b[4],
             stream: u32::from_be_bytes([b[5], b[6], b[7], b[8]]) & 0x7fff_ffff,
         }
@@ -370,6 +379,7 @@ fn check_length(frame: Frame) -> Result<(), GuardError> {
         PRIORITY => frame.length == 5,
         RST_STREAM | WINDOW_UPDATE => frame.length == 4,
         PING => frame.length == 8,
+        GOAWAY => frame.length >= 8,
         SETTINGS if frame.flags & ACK != 0 => frame.length == 0,
         SETTINGS => frame.length.is_multiple_of(6),
         _ => true,
@@ -410,6 +420,8 @@ impl Rate {
 pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 const FRAME_HEADER: usize = 9;
+/// Where a frame's header has its type.
+const KIND_AT: usize = 3;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PRIORITY: u8 = 2;
@@ -417,8 +429,11 @@ const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PUSH_PROMISE: u8 = 5;
 const PING: u8 = 6;
+const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
+/// A type that is not assigned; RFC 9113 section 5.5 wants such frames to be ignored.
+const IGNORED: u8 = 0xff;
 const END_STREAM: u8 = 1;
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
@@ -461,20 +476,20 @@ mod tests {
 
     fn watch() -> FrameWatch {
         let mut watch = FrameWatch::new(LIMITS);
-        watch.received(PREFACE).unwrap();
+        watch.received(&mut PREFACE.clone()).unwrap();
         watch
     }
 
     #[test]
     fn a_partial_frame_has_a_deadline_and_a_whole_one_has_none() {
-        let ping = frame(6, 0, 0, &[0; 8]);
+        let mut ping = frame(6, 0, 0, &[0; 8]);
         for cut in 1..ping.len() {
             let mut watch = watch();
-            watch.received(&ping[..cut]).unwrap();
+            watch.received(&mut ping[..cut]).unwrap();
             assert!(watch.patience().is_some());
             watch.waited(Duration::from_secs(10)).unwrap();
             assert_eq!(watch.waited(Duration::from_secs(1)), Err(GuardError::FrameTooSlow));
-            watch.received(&ping[cut..]).unwrap();
+            watch.received(&mut ping[cut..]).unwrap();
             assert!(watch.patience().is_none());
         }
     }
@@ -482,19 +497,19 @@ mod tests {
     #[test]
     fn a_header_block_has_one_deadline() {
         let mut watch = watch();
-        watch.received(&frame(HEADERS, END_STREAM, 1, b"x")).unwrap();
+        watch.received(&mut frame(HEADERS, END_STREAM, 1, b"x")).unwrap();
         watch.waited(Duration::from_secs(6)).unwrap();
-        watch.received(&frame(CONTINUATION, 0, 1, b"x")).unwrap();
+        watch.received(&mut frame(CONTINUATION, 0, 1, b"x")).unwrap();
         assert_eq!(watch.waited(Duration::from_secs(6)), Err(GuardError::FrameTooSlow));
-        watch.received(&frame(CONTINUATION, END_HEADERS, 1, b"x")).unwrap();
+        watch.received(&mut frame(CONTINUATION, END_HEADERS, 1, b"x")).unwrap();
         assert!(watch.patience().is_none());
     }
 
     #[test]
     fn a_stalled_body_counts_only_while_its_window_is_open() {
         let mut watch = watch();
-        watch.received(&frame(HEADERS, END_HEADERS, 1, b"x")).unwrap();
-        watch.received(&frame(DATA, 0, 1, &[0; 100])).unwrap();
+        watch.received(&mut frame(HEADERS, END_HEADERS, 1, b"x")).unwrap();
+        watch.received(&mut frame(DATA, 0, 1, &[0; 100])).unwrap();
         for _ in 0..100 {
             watch.waited(Duration::from_secs(1)).unwrap();
         }
@@ -507,7 +522,7 @@ mod tests {
 
     #[test]
     fn errors_have_their_own_codes() {
-        let invalid = |bytes: Vec<u8>| watch().received(&bytes);
+        let invalid = |mut bytes: Vec<u8>| watch().received(&mut bytes);
         for (kind, length) in [
             (PING, 7),
             (RST_STREAM, 3),
@@ -528,10 +543,10 @@ mod tests {
         assert_eq!(invalid(window), Err(GuardError::FrameInvalid(FLOW_CONTROL_ERROR)));
         let mut watch = watch();
         watch
-            .received(&frame(HEADERS, END_HEADERS | END_STREAM, 1, b"x"))
+            .received(&mut frame(HEADERS, END_HEADERS | END_STREAM, 1, b"x"))
             .unwrap();
         assert_eq!(
-            watch.received(&frame(DATA, 0, 1, b"x")),
+            watch.received(&mut frame(DATA, 0, 1, b"x")),
             Err(GuardError::FrameInvalid(STREAM_CLOSED))
         );
     }
@@ -539,20 +554,55 @@ mod tests {
     #[test]
     fn what_was_on_its_way_when_we_reset_a_stream_is_no_error() {
         let mut watch = watch();
-        watch.received(&frame(HEADERS, END_HEADERS, 1, b"x")).unwrap();
+        watch.received(&mut frame(HEADERS, END_HEADERS, 1, b"x")).unwrap();
         watch.sent(&frame(RST_STREAM, 0, 1, &[0; 4]));
-        watch.received(&frame(DATA, 0, 1, b"x")).unwrap();
-        watch.received(&frame(DATA, END_STREAM, 1, b"x")).unwrap();
+        watch.received(&mut frame(DATA, 0, 1, b"x")).unwrap();
+        watch.received(&mut frame(DATA, END_STREAM, 1, b"x")).unwrap();
         assert!(watch.patience().is_none());
+    }
+
+    #[test]
+    fn a_goaway_becomes_a_frame_that_is_ignored() {
+        let sent = [frame(GOAWAY, 0, 0, &[0; 8]), frame(PING, 0, 0, &[GOAWAY; 8])].concat();
+        let mut expected = sent.clone();
+        expected[KIND_AT] = IGNORED;
+        for size in 1..sent.len() {
+            let mut watch = watch();
+            let mut bytes = sent.clone();
+            for part in bytes.chunks_mut(size) {
+                watch.received(part).unwrap();
+            }
+            assert_eq!(bytes, expected, "in pieces of {size}");
+        }
+        for (stream, length, error) in [(1, 8, PROTOCOL_ERROR), (0, 7, FRAME_SIZE_ERROR)] {
+            let mut wrong = frame(GOAWAY, 0, stream, &vec![0; length]);
+            assert_eq!(
+                watch().received(&mut wrong),
+                Err(GuardError::FrameInvalid(error)),
+                "stream {stream}, {length} bytes"
+            );
+        }
     }
 
     #[test]
     fn floods_are_seen() {
         let mut watch = watch();
-        let reset = frame(RST_STREAM, 0, 1, &[0; 4]);
-        assert_eq!((0..6).map(|_| watch.received(&reset)).filter(Result::is_err).count(), 1);
+        let mut reset = frame(RST_STREAM, 0, 1, &[0; 4]);
+        assert_eq!(
+            (0..6)
+                .map(|_| watch.received(&mut reset))
+                .filter(Result::is_err)
+                .count(),
+            1
+        );
         let mut watch = self::watch();
-        let ping = frame(6, 0, 0, &[0; 8]);
-        assert_eq!((0..11).map(|_| watch.received(&ping)).filter(Result::is_err).count(), 1);
+        let mut ping = frame(6, 0, 0, &[0; 8]);
+        assert_eq!(
+            (0..11)
+                .map(|_| watch.received(&mut ping))
+                .filter(Result::is_err)
+                .count(),
+            1
+        );
     }
 }

@@ -268,14 +268,8 @@ impl Server {
 
 /// An nginx that answers everything with the path it saw.
 pub fn nginx(directory: &Path) -> Server {
-    nginx_that_says(directory, "$uri")
-}
-
-/// An nginx that answers everything with `body`, in which it replaces its variables.
-pub fn nginx_that_says(directory: &Path, body: &str) -> Server {
     let prefix = format!("{}/", directory.display());
-    let script = NGINX.replace("$uri", body);
-    start("nginx", "nginx-light", directory, &script, &["-p", &prefix, "-c"])
+    start("nginx", "nginx-light", directory, NGINX, &["-p", &prefix, "-c"])
 }
 
 impl Drop for Server {

@@ -264,6 +264,10 @@ impl Drop for Upstream {
 
 impl Upstream {
     pub async fn start() -> Self {
+        Self::saying("ok").await
+    }
+
+    pub async fn saying(usual: &'static str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let seen: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
@@ -273,7 +277,7 @@ impl Upstream {
                 let Ok((stream, _)) = listener.accept().await else {
                     return;
                 };
-                tokio::spawn(serve_recording(stream, record.clone()));
+                tokio::spawn(serve_recording(stream, record.clone(), usual));
             }
         });
         Upstream { port, seen, accepting }
@@ -290,8 +294,8 @@ impl Upstream {
 }
 
 /// Answers `/early` before it reads the body, `/never` not at all, `/ws…` with a 101 and an echo, `/big` with a
-/// megabyte, and everything else with `ok` when the whole message is there.
-async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>) {
+/// megabyte, and everything else with the usual body when the whole message is there.
+async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>, usual: &str) {
     let mut buffer = Vec::new();
     loop {
         let at = {
@@ -372,7 +376,7 @@ async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>
         let body = if path.starts_with("/big") {
             vec![b'x'; 16 << 20]
         } else {
-            b"ok".to_vec()
+            usual.as_bytes().to_vec()
         };
         let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
         if stream.write_all(head.as_bytes()).await.is_err() || stream.write_all(&body).await.is_err() {

@@ -1,5 +1,6 @@
 //! What hostility costs: an edge in a process of its own, under Pingora's own listener, with nginx behind it.
 //!
+//! `TOLLGATE_RESULTS=1` writes the tables to `benches/results/hostile_cpu.md` and `hostile_memory.md`.
 //! `serve` is not a test but the server, run by the tests here from this same binary; by hand:
 //! `EDGE_UPSTREAM=PORT cargo test --test edge hostile::serve -- --ignored --exact --nocapture`.
 
@@ -180,6 +181,20 @@ async fn out_of_descriptors_it_neither_spins_nor_stays_shut() {
     while !served.is_well().await {
         assert!(started.elapsed() < Duration::from_secs(10), "it does not come back");
     }
+}
+
+/// Keeps a table where it was asked for.
+fn record(name: &str, title: &str, how: &str, table: &str) {
+    println!("{table}");
+    if std::env::var_os("TOLLGATE_RESULTS").is_none() {
+        return;
+    }
+    let text = format!(
+        "# {title}\n\nWritten by `TOLLGATE_RESULTS=1 CARGO_PROFILE_DEV_OPT_LEVEL=3 cargo nextest run --test edge hostile::`. \
+         {how}\n\n{table}"
+    );
+    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+    std::fs::write(results.join(name), text).unwrap();
 }
 
 /// One hostile request of a class, from connecting to the end.
@@ -376,7 +391,13 @@ async fn hostile_requests_cost_at_most_ten_honest_ones() {
             too_dear.push(name);
         }
     }
-    println!("{table}");
+    record(
+        "hostile_cpu.md",
+        "What a hostile request costs beside an honest one",
+        "An edge in a process of its own, nginx behind it; each request on a connection of its own, so \"honest GET\" \
+         includes connecting and closing. Resets are counted one by one, a thousand pings as one request.",
+        &table,
+    );
     assert!(too_dear.is_empty(), "{too_dear:?}\n{table}");
     assert!(served.is_well().await);
 }
@@ -417,7 +438,13 @@ async fn connections_at_their_worst_take_little_memory() {
         table += &format!("| {name} | {each:.1} |\n");
         cost.push(each);
     }
-    println!("{table}");
+    record(
+        "hostile_memory.md",
+        "What a hostile connection holds beside an honest one",
+        "Resident memory of an edge in a process of its own, divided by 400 connections that were all brought to the same \
+         point.",
+        &table,
+    );
     let honest = cost[0].max(8.0);
     assert!(cost.iter().all(|each| *each <= honest * 10.0), "{table}");
 }

@@ -162,6 +162,24 @@ async fn a_slow_upstream_is_not_the_clients_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_says_goaway_is_still_answered() {
+    let (door, _upstream) = door(settings()).await;
+    let mut h2 = H2::start(door.connect().await).await;
+    // NO_ERROR, and a code that nobody knows.
+    for (stream, code) in [(1, 0u32), (3, 0xff)] {
+        h2.send(&frame(GOAWAY, 0, 0, &[0u32.to_be_bytes(), code.to_be_bytes()].concat()))
+            .await;
+        // Long enough to be read by itself.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        h2.request(stream, GET, None).await;
+        assert!(matches!(
+            h2.outcome(stream).await,
+            Outcome::Response { status: 200, .. }
+        ));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn floods_close_the_connection() {
     let (door, upstream) = door(settings()).await;
     let mut resets = H2::start(door.connect().await).await;

@@ -20,14 +20,14 @@ impl Guard {
             let step = self.buffer.len().min(out.remaining());
             out.put_slice(&self.buffer[..step]);
             self.buffer.advance(step);
-            watch.received(&out.filled()[before..])
+            watch.received(&mut out.filled_mut()[before..])
         } else {
             match Pin::new(&mut self.io).poll_read(cx, out) {
                 Poll::Ready(Ok(())) => {
                     let waited = self.reading.end();
                     watch
                         .waited(waited)
-                        .and_then(|()| watch.received(&out.filled()[before..]))
+                        .and_then(|()| watch.received(&mut out.filled_mut()[before..]))
                 }
                 Poll::Pending => loop {
                     let Some(patience) = watch.patience() else {
