@@ -290,3 +290,5 @@ pub const PASSED: &str = "PASSED";
 
 /// How long a refused request's body is read on, so that the connection stays usable.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
+/// The longest body that is read on so. More takes longer than a new connection.
+pub const DRAINED_BYTES: u64 = 64 * 1024;

@@ -4,11 +4,11 @@
 use super::request_id::RequestIds;
 use super::response::{self, Answer, ResponseSettings};
 use super::strict::{Ambiguity, without_parameters};
-use super::{BadHeaderPrefix, DRAIN_DEADLINE};
+use super::{BadHeaderPrefix, DRAIN_DEADLINE, DRAINED_BYTES};
 use crate::clock::Now;
 use crate::gate::{Access, Gate, Permit, RateStatus, Refusal, RequestHead};
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, HOST};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, EXPECT, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
 use pingora::http::RequestHeader;
 use pingora::proxy::Session;
@@ -127,11 +127,17 @@ pub(super) async fn refuse_as(
     answer(session, &Answer::of(refusal), rate, settings, request_id).await
 }
 
-/// Keeps the connection for further requests. Otherwise Pingora announces its end when an answer comes before the
-/// request's body has.
+/// Keeps the connection for further requests where the rest of the body is soon read. Otherwise Pingora announces its
+/// end, so that a client need not send what nobody wants.
 pub(super) fn read_on(session: &mut Session) {
-    session.set_close_on_response_before_downstream_finish(false);
     session.set_total_drain_timeout(Some(DRAIN_DEADLINE));
+    let fields = &session.req_header().headers;
+    let length = fields
+        .get(CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    // Who waits for a `100 Continue` may send the body after all, or not: what comes next could be either.
+    let is_soon_read = length <= Some(DRAINED_BYTES) && !fields.contains_key(EXPECT);
+    session.set_close_on_response_before_downstream_finish(!is_soon_read);
 }
 
 /// Writes an answer of our own, whole.

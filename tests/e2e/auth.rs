@@ -268,6 +268,33 @@ async fn a_refusal_leaves_the_connection_usable() {
 }
 
 #[tokio::test]
+async fn a_refused_upload_is_told_that_nobody_reads_it() {
+    let tollgate = Tollgate::start().await;
+    for (headers, connection) in [
+        ("content-length: 100000000\r\n", "close"),
+        ("content-length: 5\r\nexpect: 100-continue\r\n", "close"),
+        ("content-length: 5\r\n", "keep-alive"),
+    ] {
+        let mut stream = TcpStream::connect(tollgate.gate.strip_prefix("http://").unwrap()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        write!(stream, "POST /any HTTP/1.1\r\nhost: h\r\n{headers}\r\n").unwrap();
+        let mut seen = Vec::new();
+        let mut buffer = [0; 4096];
+        while !seen.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+            let read = stream.read(&mut buffer).unwrap();
+            assert_ne!(read, 0, "{headers}: closed without an answer");
+            seen.extend_from_slice(&buffer[..read]);
+        }
+        let head = String::from_utf8_lossy(&seen).to_lowercase();
+        assert!(head.starts_with("http/1.1 401"), "{head}");
+        assert!(
+            head.contains(&format!("connection: {connection}\r\n")),
+            "{headers}: {head}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_route_for_live_keys_refuses_those_of_a_sandbox_and_spends_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (live, test) = (new_key("pxk_live_"), new_key("pxk_test_"));
