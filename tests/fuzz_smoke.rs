@@ -1,13 +1,15 @@
 //! Every fuzz target, on stable: driven by a generator that mutates and splices the corpora in `fuzz/corpus`.
 //!
-//! A bounded run of what `cargo +nightly fuzz run TARGET` does at length. `FUZZ_EXECUTIONS` sets how many inputs each
-//! quick target gets, `FUZZ_TARGET` chooses one; a seed is printed with every failure, and `FUZZ_SEED` runs it again.
+//! A bounded run of what `cargo +nightly fuzz run TARGET` does at length. `FUZZ_TARGET` chooses one target;
+//! `FUZZ_EXECUTIONS` sets how many inputs each quick target gets, and `FUZZ_SECONDS` ends each after so long. A seed is
+//! printed with every failure, and `FUZZ_SEED` runs it again. The long run is in `fuzz/README.md`.
 
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// A small generator of numbers (xorshift64*): the same inputs everywhere for the same seed.
 struct Numbers(u64);
@@ -167,12 +169,13 @@ fn env_number(name: &str, default: u64) -> u64 {
 fn no_target_fails() {
     let quick = env_number("FUZZ_EXECUTIONS", 100_000);
     let seed = env_number("FUZZ_SEED", 0x746f_6c6c_6761_7465);
+    let patience = Duration::from_secs(env_number("FUZZ_SECONDS", u64::from(u32::MAX)));
     let only = std::env::var("FUZZ_TARGET").ok();
     let chosen = |name: &str| only.as_ref().is_none_or(|only| only == name);
     for (name, target) in targets::TARGETS.iter().filter(|(name, _)| chosen(name)) {
         let corpus = corpus(name);
         // Those that touch files, or parse YAML, are a hundred times slower.
-        let executions = if matches!(*name, "config" | "spool" | "journal") {
+        let wanted = if matches!(*name, "config" | "spool" | "journal") {
             quick / 100
         } else {
             quick
@@ -181,16 +184,23 @@ fn no_target_fails() {
         for input in &corpus {
             target(input);
         }
-        for execution in 0..executions {
+        let started = Instant::now();
+        let mut executions = 0;
+        while executions < wanted && (executions % 256 != 0 || started.elapsed() < patience) {
             let state = numbers.0;
             let input = mutate(&mut numbers, &corpus);
             if catch_unwind(AssertUnwindSafe(|| target(&input))).is_err() {
                 panic!(
-                    "{name} fails on execution {execution}, FUZZ_SEED={state}: {}",
+                    "{name} fails on execution {executions}, FUZZ_SEED={state}: {}",
                     input.escape_ascii()
                 );
             }
+            executions += 1;
         }
-        println!("{name}: {executions} executions, {} seeds", corpus.len());
+        println!(
+            "{name}: {executions} executions in {:.0?}, {} seeds",
+            started.elapsed(),
+            corpus.len()
+        );
     }
 }
