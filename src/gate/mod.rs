@@ -47,7 +47,7 @@ use quota::{GivenBack, InFlight, KeyWindows, Outcome, SharedOutcome};
 use reservation::Reservation;
 use retired::Retired;
 use scope::NameId;
-use slots::{Mark, Slot, SlotId, Slots};
+use slots::{Mark, Slot, SlotId, Slots, WindowsCell};
 use snapshot::InForce;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -56,6 +56,7 @@ use terms::Terms;
 use throttle::{AddressWindows, FailedAttempts};
 use usage::{Leftovers, RefusalCounts};
 use verdict::Counted;
+use window::Taken;
 use writer::Writer;
 
 /// What the decision looks at: the head of a request that was found unambiguous.
@@ -135,10 +136,8 @@ impl Gate {
         let (Some(wanted), Some(counted), Some(route)) = (&refusal.wanted, &refusal.counted, &refusal.route) else {
             return;
         };
-        let (Some(slot), Some(tier)) = (self.slots.get(wanted.owner), route.tier()) else {
-            return;
-        };
-        let windows = slot.windows.load();
+        let Some(tier) = route.tier() else { return };
+        let windows = self.slots.windows(wanted.owner).load();
         if let Some(windows) = &*windows
             && windows.add_refusal(tier.id, counted.limit, now.elapsed_ns).is_ok()
         {
@@ -231,12 +230,13 @@ impl Gate {
                 self.check_keyed(&in_force, &rule, request, now)
             }
         };
-        decided.inspect_err(|refusal| {
+        if let Err(refusal) = &decided {
             // A tier's limit is counted with the key's windows.
             if !matches!(refusal.reason, Reason::RateLimited { .. }) || refusal.holder.is_none() {
                 self.refusals.add(&refusal.reason);
             }
-        })
+        }
+        decided
     }
 
     fn check_public(
@@ -308,6 +308,9 @@ impl Gate {
         let Some((id, secret)) = snapshot.find(&self.slots, &digest) else {
             return unknown();
         };
+        // Asked for before anything is waited for: an exchange, as each load of a pointer makes one, waits for all that was
+        // asked for, and what leads to the windows is likely to be far away, as the slot is.
+        let windows = self.slots.windows(id).load();
         let terms = secret.terms.load();
         // A slot in use has terms and an owner; were it not so, the key could not be vouched for. The second look at the
         // digest is for terms of another secret that came into this slot between the first and the terms.
@@ -315,21 +318,33 @@ impl Gate {
         let (Some(terms), Some((owner, slot)), true) = (&*terms, key, secret.holds(&digest)) else {
             return unknown();
         };
-        let key = Key { owner, slot, terms };
-        let mut permit = self.check_key(rule, &key, now)?;
-        secret.last_used_s.store((now.unix_ms / 1000) as u32, Relaxed);
-        permit.credential_in_authorization = presented.in_authorization();
-        permit.secret = Some(digest);
-        Ok(permit)
+        let windows = if owner == id {
+            windows
+        } else {
+            self.slots.windows(owner).load()
+        };
+        let key = Key {
+            owner,
+            slot,
+            terms,
+            secret,
+            digest,
+            in_authorization: presented.in_authorization(),
+        };
+        self.check_key(rule, &key, windows, now)
     }
 
     /// The steps that need the key: its state, its environment and scopes, its limits.
     #[inline]
-    fn check_key(&self, rule: &Rule<'_>, key: &Key<'_>, now: Now) -> Result<Permit, Refusal> {
+    fn check_key(
+        &self,
+        rule: &Rule<'_>,
+        key: &Key<'_>,
+        windows: Guard<Option<Arc<KeyWindows>>>,
+        now: Now,
+    ) -> Result<Permit, Refusal> {
         let terms = key.terms;
         let refuse = |reason| Err(rule.refusal_of(reason, key));
-        // Asked for before the terms are looked at: both are likely to be far away, and come at once.
-        let windows = key.slot.windows.load();
         if let Some(reason) = terms.state(now) {
             return refuse(reason);
         }
@@ -348,19 +363,20 @@ impl Gate {
             return refuse(Reason::NotReady);
         };
         if self.shares_limits {
-            return self.take_shared(rule, key, plan, limit, now);
+            return self.take_shared(rule, key, windows, plan, limit, now);
         }
-        let (counted, in_flight) = self.take_permit(rule, key, windows, plan, limit, now)?;
-        Ok(Permit {
-            route: rule.route.clone(),
-            holder: Some(key.holder()),
-            counted: Some(counted),
-            credential_in_authorization: false,
-            sandbox: rule.policy.sandboxes.contains(terms.environment_id),
-            secret: None,
-            _in_flight: in_flight,
-            wanted: None,
-        })
+        match self.take_permit(rule, key, windows, plan, limit, now) {
+            Ok((taken, in_flight)) => {
+                let counted = Counted {
+                    limit,
+                    remaining: taken.remaining,
+                    reset_s: taken.reset_s,
+                };
+                Ok(rule.permit(key, counted, in_flight, None, now))
+            }
+            Err(NotTaken::TooManyInFlight) => refuse(Reason::TooManyInFlight),
+            Err(NotTaken::Limited { retry_after_s, reset_s }) => Err(rule.limited(key, limit, retry_after_s, reset_s)),
+        }
     }
 
     /// [`Gate::take_permit`] where the limit is shared with other gates.
@@ -369,41 +385,29 @@ impl Gate {
         &self,
         rule: &Rule<'_>,
         key: &Key<'_>,
+        mut loaded: Guard<Option<Arc<KeyWindows>>>,
         plan: &Plan,
         limit: Limit,
         now: Now,
     ) -> Result<Permit, Refusal> {
         let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
-        let limited = |retry_after_s, reset_s| {
-            let mut refusal = rule.refusal_of(Reason::RateLimited { retry_after_s }, key);
-            refusal.counted = Some(Counted {
-                limit,
-                remaining: 0,
-                reset_s,
-            });
-            refusal
-        };
+        let limited = |retry_after_s, reset_s| rule.limited(key, limit, retry_after_s, reset_s);
         let mut spent = None;
         loop {
-            let loaded = key.slot.windows.load();
             let made;
             let windows = match &*loaded {
                 Some(windows) => windows,
                 None => {
-                    made = self.windows_of(key.owner, key.slot, tier, limit, now);
+                    made = self.windows_of(key.owner, tier, limit, now);
                     &made
                 }
-            };
-            let given_back = |GivenBack| {
-                // Whoever gives windows back takes them out of the slot next; nobody waits for it.
-                key.slot.windows.compare_and_swap(&loaded, None);
             };
             if spent.is_none() {
                 let make = || Reservation::new(key.slot.key_id().as_str(), &rule.tier.name, limit);
                 let reservation = match windows.reservation(tier, limit, make) {
                     Ok(reservation) => reservation,
-                    Err(gone) => {
-                        given_back(gone);
+                    Err(GivenBack) => {
+                        loaded = self.without(key.owner, &loaded);
                         continue;
                     }
                 };
@@ -414,8 +418,8 @@ impl Gate {
                 let in_flight = entered.map(|_| InFlight::entered(windows.clone()));
                 let mut tell = false;
                 match windows.take_shared(&reservation, tier, limit, now_ns, &mut tell) {
-                    Err(gone) => {
-                        given_back(gone);
+                    Err(GivenBack) => {
+                        loaded = self.without(key.owner, &loaded);
                         continue;
                     }
                     Ok(SharedOutcome::Limited { retry_after_s }) => {
@@ -442,7 +446,7 @@ impl Gate {
                             remaining: taken.remaining,
                             reset_s: taken.reset_s,
                         };
-                        return Ok(shared_permit(rule, key, counted, in_flight, None));
+                        return Ok(rule.permit(key, counted, in_flight, None, now));
                     }
                     Ok(SharedOutcome::Spent { remaining, reset_s }) => {
                         let counted = Counted {
@@ -450,19 +454,13 @@ impl Gate {
                             remaining: remaining.min(limit.permits()),
                             reset_s,
                         };
-                        spent = Some(shared_permit(
-                            rule,
-                            key,
-                            counted,
-                            in_flight,
-                            tell.then_some(reservation),
-                        ));
+                        spent = Some(rule.permit(key, counted, in_flight, tell.then_some(reservation), now));
                     }
                 }
             }
             // What was spent is recorded, if need be in windows that came after.
             match windows.record(tier, limit, now_ns) {
-                Err(gone) => given_back(gone),
+                Err(GivenBack) => loaded = self.without(key.owner, &loaded),
                 Ok(newly_active) => {
                     self.note_active(key.owner, newly_active);
                     if let Some(permit) = spent.take() {
@@ -489,24 +487,14 @@ impl Gate {
         plan: &Plan,
         limit: Limit,
         now: Now,
-    ) -> Result<(Counted, Option<InFlight>), Refusal> {
+    ) -> Result<(Taken, Option<InFlight>), NotTaken> {
         let tier = rule.tier.id;
-        let status = |remaining, reset_s| Counted {
-            limit,
-            remaining,
-            reset_s,
-        };
-        let limited = |retry_after_s, reset_s| {
-            let mut refusal = rule.refusal_of(Reason::RateLimited { retry_after_s }, key);
-            refusal.counted = Some(status(0, reset_s));
-            refusal
-        };
         loop {
             let made;
             let windows = match &*loaded {
                 Some(windows) => windows,
                 None => {
-                    made = self.windows_of(key.owner, key.slot, tier, limit, now);
+                    made = self.windows_of(key.owner, tier, limit, now);
                     &made
                 }
             };
@@ -515,7 +503,7 @@ impl Gate {
             let in_flight = (entered == Some(true)).then(|| InFlight::entered(windows.clone()));
             let outcome = if entered == Some(false) {
                 match windows.peek(tier, limit, now.elapsed_ns) {
-                    Ok(None) => return Err(rule.refusal_of(Reason::TooManyInFlight, key)),
+                    Ok(None) => return Err(NotTaken::TooManyInFlight),
                     Ok(Some(refused)) => Ok(refused),
                     Err(GivenBack) => Err(GivenBack),
                 }
@@ -524,32 +512,43 @@ impl Gate {
             };
             match outcome {
                 Ok(Outcome::Taken { taken, newly_active }) => {
-                    if newly_active {
-                        self.slots.mark(key.owner, Mark::Permits);
-                        self.slots.mark(key.owner, Mark::Windows);
-                    }
-                    return Ok((status(taken.remaining, taken.reset_s), in_flight));
+                    self.note_active(key.owner, newly_active);
+                    return Ok((taken, in_flight));
                 }
                 Ok(Outcome::Limited { retry_after_s, reset_s }) => {
                     self.slots.mark(key.owner, Mark::Permits);
-                    return Err(limited(retry_after_s, reset_s));
+                    return Err(NotTaken::Limited { retry_after_s, reset_s });
                 }
-                Err(GivenBack) => {
-                    // Whoever gives windows back takes them out of the slot next; nobody waits for it.
-                    key.slot.windows.compare_and_swap(&loaded, None);
-                    loaded = key.slot.windows.load();
-                }
+                Err(GivenBack) => loaded = self.without(key.owner, &loaded),
             }
         }
     }
 
-    /// The windows of a key, made if it has none. Given-back ones are taken out first.
+    /// Takes windows that were given back out of the key's cell, and loads what is there then. Whoever gave them back does
+    /// so, too; nobody waits for it.
     #[cold]
-    fn windows_of(&self, owner: SlotId, key: &Slot, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
+    fn without(&self, owner: SlotId, given_back: &Guard<Option<Arc<KeyWindows>>>) -> Guard<Option<Arc<KeyWindows>>> {
+        let cell = self.slots.windows(owner);
+        if given_back.is_some() {
+            cell.compare_and_swap(given_back, None);
+        }
+        cell.load()
+    }
+
+    /// The windows of a key, made if it has none.
+    #[cold]
+    fn windows_of(&self, owner: SlotId, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
+        match self.slots.place_for_windows(owner) {
+            Some(cell) => self.windows_in(cell, owner, tier, limit, now),
+            // Owners lie in slots that were allocated.
+            None => Arc::new(KeyWindows::new(tier, limit, now.elapsed_ns)),
+        }
+    }
+
+    /// The windows that the cell of an owner leads to, put in if there are none.
+    fn windows_in(&self, cell: &WindowsCell, owner: SlotId, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
         let made = Arc::new(KeyWindows::new(tier, limit, now.elapsed_ns));
-        let before = key
-            .windows
-            .compare_and_swap(&None::<Arc<KeyWindows>>, Some(made.clone()));
+        let before = cell.compare_and_swap(&None::<Arc<KeyWindows>>, Some(made.clone()));
         match &*before {
             Some(windows) => windows.clone(),
             None => {
@@ -577,23 +576,10 @@ struct Rule<'a> {
     environments: Option<&'a scope::NameSet>,
 }
 
-fn shared_permit(
-    rule: &Rule<'_>,
-    key: &Key<'_>,
-    counted: Counted,
-    in_flight: Option<InFlight>,
-    wanted: Option<Arc<Reservation>>,
-) -> Permit {
-    Permit {
-        route: rule.route.clone(),
-        holder: Some(key.holder()),
-        counted: Some(counted),
-        credential_in_authorization: false,
-        sandbox: rule.policy.sandboxes.contains(key.terms.environment_id),
-        secret: None,
-        _in_flight: in_flight,
-        wanted,
-    }
+/// Why no permit was taken.
+enum NotTaken {
+    TooManyInFlight,
+    Limited { retry_after_s: u32, reset_s: u32 },
 }
 
 /// The key that a request carries.
@@ -603,6 +589,11 @@ struct Key<'a> {
     slot: &'a Slot,
     /// What is said of the secret that was presented.
     terms: &'a Arc<Terms>,
+    /// The slot of that secret.
+    secret: &'a Slot,
+    digest: SecretDigest,
+    /// Whether it came in `Authorization`.
+    in_authorization: bool,
 }
 
 impl Key<'_> {
@@ -616,6 +607,39 @@ impl Key<'_> {
 }
 
 impl Rule<'_> {
+    /// Lets the request pass, which is a use of the secret. Made where it is returned: it is too large to be moved about.
+    #[inline]
+    fn permit(
+        &self,
+        key: &Key<'_>,
+        counted: Counted,
+        in_flight: Option<InFlight>,
+        wanted: Option<Arc<Reservation>>,
+        now: Now,
+    ) -> Permit {
+        key.secret.last_used_s.store((now.unix_ms / 1000) as u32, Relaxed);
+        Permit {
+            route: self.route.clone(),
+            holder: Some(key.holder()),
+            counted: Some(counted),
+            credential_in_authorization: key.in_authorization,
+            sandbox: self.policy.sandboxes.contains(key.terms.environment_id),
+            secret: Some(key.digest),
+            _in_flight: in_flight,
+            wanted,
+        }
+    }
+
+    fn limited(&self, key: &Key<'_>, limit: Limit, retry_after_s: u32, reset_s: u32) -> Refusal {
+        let mut refusal = self.refusal_of(Reason::RateLimited { retry_after_s }, key);
+        refusal.counted = Some(Counted {
+            limit,
+            remaining: 0,
+            reset_s,
+        });
+        refusal
+    }
+
     fn refusal(&self, reason: Reason) -> Refusal {
         Refusal {
             reason,

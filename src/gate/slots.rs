@@ -1,13 +1,15 @@
-//! The memory of the keys: one 80-byte slot per secret, in chunks that never move, named by a number.
+//! The memory of the keys: one 72-byte slot per secret, in chunks that never move, named by a number.
 //!
 //! Slots outlive snapshots, because windows do. The first secret of a key lies in the key's *owner* slot, which also
-//! holds the key's id and windows; further secrets (a rotation's) lie in slots that point to it.
+//! holds the key's id; further secrets (a rotation's) lie in slots that point to it. What leads to a key's windows lies
+//! beside the owner slots, where its place follows from the slot's number, so that keys that nobody uses take nothing
+//! for it and a decision asks the memory for the slot and for that place at once.
 //!
 //! # Who may touch what
 //! A reader finds a slot by what is in force (`snapshot.rs`) and holds on to that for one decision. A writer works on
 //! slots that readers are in, so:
 //! - what changes while a slot is in use changes through one atomic pointer each: `terms` (all that may be said of the
-//!   secret, at once) and `windows`;
+//!   secret, at once) and the key's windows;
 //! - a secret is taken out by zeroing its digest, and put in with the digest last. The words of a digest are stored with
 //!   release and loaded with acquire, so whoever finds all of a digest finds the terms that were stored before it, or
 //!   later ones of the same secret. One that is caught half-way matches nobody's secret;
@@ -30,11 +32,12 @@ pub(super) type SlotId = u32;
 /// No slot.
 pub(super) const NONE: SlotId = u32::MAX;
 
-/// 1.25 MiB of slots, whole units of an allocator's 64 KiB: with 4,096 slots to a chunk a tenth of the memory was lost to its
-/// rounding, and chunks four times as large save no more, but cost every small gate 4 MiB.
-const CHUNK: usize = 16_384;
-/// 16,384 × 4,096 = 67 million secrets. A bound, so that the table of chunks never has to move.
-const CHUNKS: usize = 4_096;
+/// A little less than 2.25 MiB of slots, because the allocator hands out pieces of this size in whole units of 256 KiB: a
+/// round number of slots, of which each piece has something of its own to say besides, would cost one unit more. Larger
+/// chunks save a hundredth, and cost every small gate as much as they are large. A multiple of the 64 marks in a word.
+const CHUNK: usize = 32_704;
+/// 32,704 × 2,048 = 67 million secrets. A bound, so that the table of chunks never has to move.
+const CHUNKS: usize = 2_048;
 
 /// All slots.
 #[derive(Debug)]
@@ -45,10 +48,22 @@ pub(super) struct Slots {
 #[derive(Debug)]
 struct Chunk {
     slots: Box<[Slot]>,
+    /// Made when a key of the neighbourhood is first used.
+    windows: Box<[OnceLock<Box<Neighbourhood>>]>,
     permits: Bitmap,
-    windows: Bitmap,
+    changed: Bitmap,
     live: Bitmap,
 }
+
+/// What leads to the windows of one key.
+pub(super) type WindowsCell = ArcSwapOption<KeyWindows>;
+
+/// The cells of as many keys as there are bits in a word of a bitmap.
+type Neighbourhood = [WindowsCell; NEIGHBOURS];
+const NEIGHBOURS: usize = 64;
+
+/// The cell of all keys of whose neighbourhood none was ever used. Nothing is ever put in.
+static NO_WINDOWS: WindowsCell = ArcSwapOption::const_empty();
 
 /// One secret, and the key itself where it is the owner.
 #[derive(Debug)]
@@ -58,7 +73,6 @@ pub(super) struct Slot {
     /// What kind of slot it is, in the first byte, and the id of the key or the number of its owner slot.
     name: [AtomicU64; 3],
     pub terms: ArcSwapOption<Terms>,
-    pub windows: ArcSwapOption<KeyWindows>,
     /// The key's next secret; used by writers only.
     pub sibling: AtomicU32,
     /// Unix time of the last permit, in seconds; 0 for none yet.
@@ -101,12 +115,41 @@ impl Slots {
         cell.get_or_init(|| {
             Box::new(Chunk {
                 slots: (0..CHUNK).map(|_| Slot::empty()).collect(),
+                windows: (0..CHUNK / NEIGHBOURS).map(|_| OnceLock::new()).collect(),
                 permits: Bitmap::empty(),
-                windows: Bitmap::empty(),
+                changed: Bitmap::empty(),
                 live: Bitmap::empty(),
             })
         });
         true
+    }
+
+    /// What leads to the windows of the key in an owner slot: nothing leads anywhere while the key was never used.
+    #[inline]
+    pub fn windows(&self, owner: SlotId) -> &WindowsCell {
+        let place = owner as usize % CHUNK;
+        self.chunk(owner)
+            .and_then(|chunk| chunk.windows.get(place / NEIGHBOURS)?.get())
+            .map_or(&NO_WINDOWS, |cells| &cells[place % NEIGHBOURS])
+    }
+
+    /// [`Slots::windows`] for somebody who is about to put some in. Allocates once for [`NEIGHBOURS`] keys. `None` for a
+    /// slot that was never allocated.
+    pub fn place_for_windows(&self, owner: SlotId) -> Option<&WindowsCell> {
+        let place = owner as usize % CHUNK;
+        let cells = self.chunk(owner)?.windows.get(place / NEIGHBOURS)?;
+        let cells = cells.get_or_init(|| Box::new([const { ArcSwapOption::const_empty() }; NEIGHBOURS]));
+        cells.get(place % NEIGHBOURS)
+    }
+
+    /// Makes a slot as good as new.
+    pub fn clear(&self, id: SlotId) {
+        if let Some(slot) = self.get(id) {
+            slot.clear();
+            if self.windows(id).load().is_some() {
+                self.windows(id).store(None);
+            }
+        }
     }
 
     /// Marks an owner slot.
@@ -138,7 +181,7 @@ impl Chunk {
     fn bitmap(&self, mark: Mark) -> &Bitmap {
         match mark {
             Mark::Permits => &self.permits,
-            Mark::Windows => &self.windows,
+            Mark::Windows => &self.changed,
             Mark::Live => &self.live,
         }
     }
@@ -177,12 +220,18 @@ impl Slot {
             digest: Default::default(),
             name: Default::default(),
             terms: ArcSwapOption::empty(),
-            windows: ArcSwapOption::empty(),
             sibling: AtomicU32::new(NONE),
             last_used_s: AtomicU32::new(0),
         };
         slot.set_name([FREE; 24]);
         slot
+    }
+
+    /// Asks the memory for the end of the slot, which lies in another cache line than its beginning, so that both come at
+    /// once: an exchange, as loading the terms begins with one, waits for what was asked for before it.
+    #[inline]
+    pub fn fetch(&self) {
+        std::hint::black_box(self.last_used_s.load(Relaxed));
     }
 
     /// Whether this slot holds the secret with this digest.
@@ -281,13 +330,11 @@ impl Slot {
         }
     }
 
-    /// Makes the slot as good as new.
-    pub fn clear(&self) {
+    fn clear(&self) {
         self.take_out();
         self.set_name([FREE; 24]);
         self.sibling.store(NONE, Relaxed);
         self.terms.store(None);
-        self.windows.store(None);
     }
 }
 
@@ -311,8 +358,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_is_80_bytes() {
-        assert_eq!(size_of::<Slot>(), 80);
+    fn a_slot_is_72_bytes() {
+        assert_eq!(size_of::<Slot>(), 72);
     }
 
     #[test]
@@ -332,6 +379,21 @@ mod tests {
         assert_eq!(slot.owner(7), Some(0x0102_0304));
         slot.clear();
         assert_eq!(slot.owner(7), None);
+    }
+
+    #[test]
+    fn windows_have_a_place_once_they_are_wanted() {
+        let slots = Slots::new();
+        assert!(slots.place_for_windows(0).is_none(), "no slot, no place");
+        assert!(slots.allocate(0));
+        assert!(slots.windows(3).load().is_none());
+        let limit = super::super::limit::Limit::new(5, 1_000).unwrap();
+        let windows = Arc::new(KeyWindows::new(super::super::scope::NameId(0), limit, 0));
+        slots.place_for_windows(3).unwrap().store(Some(windows));
+        assert!(slots.windows(3).load().is_some());
+        assert!(slots.windows(2).load().is_none(), "a neighbour has its own");
+        slots.clear(3);
+        assert!(slots.windows(3).load().is_none());
     }
 
     #[test]

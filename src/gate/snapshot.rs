@@ -113,7 +113,11 @@ pub(super) struct Secrets {
 impl Secrets {
     #[inline]
     fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
-        let slot_of = |id: &SlotId| slots.get(*id).filter(|slot| slot.holds(digest)).map(|slot| (*id, slot));
+        let slot_of = |id: &SlotId| {
+            let slot = slots.get(*id)?;
+            slot.fetch();
+            slot.holds(digest).then_some((*id, slot))
+        };
         let found = self.by_prefix.get(&prefix(digest)).and_then(slot_of);
         match &self.collisions {
             Some(collisions) if found.is_none() => collisions.get(&digest.0).and_then(slot_of),

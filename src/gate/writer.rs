@@ -89,10 +89,8 @@ impl Writer {
 
     /// Makes a slot free, which no reader can be in.
     pub fn free(&mut self, slots: &Slots, id: SlotId) {
-        if let Some(slot) = slots.get(id) {
-            slot.clear();
-            self.free.push(id);
-        }
+        slots.clear(id);
+        self.free.push(id);
     }
 
     /// Forgets that the key has an owner slot.
