@@ -168,8 +168,9 @@ fn foreign_form(presented: &[u8]) -> bool {
 /// The id of a key (`key_…`): not a secret. Up to 23 bytes are held inline, so that cloning does not allocate.
 #[derive(Clone)]
 pub enum KeyId {
+    /// The length, then the id, in the words in which it is copied.
     #[doc(hidden)]
-    Inline { len: u8, bytes: [u8; KeyId::INLINE] },
+    Inline([[u8; 8]; 3]),
     #[doc(hidden)]
     Shared(std::sync::Arc<str>),
 }
@@ -181,8 +182,12 @@ impl KeyId {
     /// The id as text.
     pub fn as_str(&self) -> &str {
         match self {
-            // An inline id was copied from a `str` whole, so it is UTF-8.
-            KeyId::Inline { len, bytes } => std::str::from_utf8(&bytes[..usize::from(*len)]).unwrap_or_default(),
+            KeyId::Inline(words) => {
+                let (len, id) = words.as_flattened().split_first().unwrap_or((&0, &[]));
+                let id = id.get(..usize::from(*len)).unwrap_or_default();
+                // It was copied from a `str` whole, so it is UTF-8.
+                std::str::from_utf8(id).unwrap_or_default()
+            }
             KeyId::Shared(id) => id,
         }
     }
@@ -190,14 +195,15 @@ impl KeyId {
 
 impl From<&str> for KeyId {
     fn from(id: &str) -> Self {
-        let mut bytes = [0; KeyId::INLINE];
-        match bytes.get_mut(..id.len()) {
+        let mut words = [[0; 8]; 3];
+        let [len, inline @ ..] = words.as_flattened_mut() else {
+            return KeyId::Shared(id.into());
+        };
+        match inline.get_mut(..id.len()) {
             Some(inline) => {
                 inline.copy_from_slice(id.as_bytes());
-                KeyId::Inline {
-                    len: id.len() as u8,
-                    bytes,
-                }
+                *len = id.len() as u8;
+                KeyId::Inline(words)
             }
             None => KeyId::Shared(id.into()),
         }

@@ -213,7 +213,7 @@ impl Gate {
             .routes
             .find(request.host, request.path, request.method)
             .unwrap_or(&policy.fallback);
-        let decided = match &route.access {
+        match &route.access {
             Access::Public(limit) => self.check_public(route, limit.as_ref(), request.client, now),
             Access::Keyed {
                 scope,
@@ -229,14 +229,13 @@ impl Gate {
                 };
                 self.check_keyed(&in_force, &rule, request, now)
             }
-        };
-        if let Err(refusal) = &decided {
-            // A tier's limit is counted with the key's windows.
-            if !matches!(refusal.reason, Reason::RateLimited { .. }) || refusal.holder.is_none() {
-                self.refusals.add(&refusal.reason);
-            }
         }
-        decided
+    }
+
+    /// Refuses, and counts it. Not for a tier's limit, which is counted with the key's windows.
+    fn refuse(&self, refusal: Refusal) -> Result<Permit, Refusal> {
+        self.refusals.add(&refusal.reason);
+        Err(refusal)
     }
 
     fn check_public(
@@ -261,7 +260,7 @@ impl Gate {
                             window::Refused::Limited { retry_after_s, reset_s } => (retry_after_s, reset_s),
                             _ => (limit.window_s(), limit.window_s()),
                         };
-                        return Err(Refusal {
+                        return self.refuse(Refusal {
                             reason: Reason::RateLimited { retry_after_s },
                             route: Some(route.clone()),
                             holder: None,
@@ -291,20 +290,20 @@ impl Gate {
         request: &RequestHead<'_>,
         now: Now,
     ) -> Result<Permit, Refusal> {
-        let presented = credential::find(request.headers).map_err(|none| {
-            rule.refusal(match none {
-                NoCredential::Missing => Reason::MissingKey,
-                NoCredential::Conflicting => Reason::ConflictingCredentials,
-            })
-        })?;
+        let refuse = |reason| self.refuse(rule.refusal(reason));
+        let presented = match credential::find(request.headers) {
+            Ok(presented) => presented,
+            Err(NoCredential::Missing) => return refuse(Reason::MissingKey),
+            Err(NoCredential::Conflicting) => return refuse(Reason::ConflictingCredentials),
+        };
         if !rule.policy.forms.admits(presented.bytes()) {
-            return Err(rule.refusal(self.failed_attempt(rule, request.client, Reason::MalformedKey, now)));
+            return refuse(self.failed_attempt(rule, request.client, Reason::MalformedKey, now));
         }
         let digest = SecretDigest::of(presented.bytes());
         let Some(snapshot) = in_force.snapshot.as_ref().filter(|_| !self.stale.load(Relaxed)) else {
-            return Err(rule.refusal(Reason::NotReady));
+            return refuse(Reason::NotReady);
         };
-        let unknown = || Err(rule.refusal(self.failed_attempt(rule, request.client, Reason::UnknownKey, now)));
+        let unknown = || refuse(self.failed_attempt(rule, request.client, Reason::UnknownKey, now));
         let Some((id, secret)) = snapshot.find(&self.slots, &digest) else {
             return unknown();
         };
@@ -344,7 +343,7 @@ impl Gate {
         now: Now,
     ) -> Result<Permit, Refusal> {
         let terms = key.terms;
-        let refuse = |reason| Err(rule.refusal_of(reason, key));
+        let refuse = |reason| self.refuse(rule.refusal_of(reason, key));
         if let Some(reason) = terms.state(now) {
             return refuse(reason);
         }
@@ -413,7 +412,7 @@ impl Gate {
                 };
                 let entered = plan.max_in_flight.map(|cap| windows.enter(cap));
                 if entered == Some(false) {
-                    return Err(rule.refusal_of(Reason::TooManyInFlight, key));
+                    return self.refuse(rule.refusal_of(Reason::TooManyInFlight, key));
                 }
                 let in_flight = entered.map(|_| InFlight::entered(windows.clone()));
                 let mut tell = false;

@@ -223,7 +223,7 @@ impl Slot {
             sibling: AtomicU32::new(NONE),
             last_used_s: AtomicU32::new(0),
         };
-        slot.set_name([FREE; 24]);
+        slot.set_name([[FREE; 8]; 3]);
         slot
     }
 
@@ -289,21 +289,17 @@ impl Slot {
 
     /// Makes it a slot for one more secret of the key in slot `owner`.
     pub fn set_owner(&self, owner: SlotId) {
-        let mut name = [OF_ANOTHER; 24];
-        name[4..8].copy_from_slice(&owner.to_ne_bytes());
-        self.set_name(name);
+        let [a, b, c, d] = owner.to_ne_bytes();
+        let first = [OF_ANOTHER, 0, 0, 0, a, b, c, d];
+        self.set_name([first, [0; 8], [0; 8]]);
     }
 
     /// The id of the key; only of an owner slot. Ids beyond [`KeyId::INLINE`] bytes lie in the terms.
     #[inline]
     pub fn key_id(&self) -> KeyId {
-        let mut bytes = [0; 24];
-        for (chunk, word) in bytes.chunks_exact_mut(8).zip(&self.name) {
-            chunk.copy_from_slice(&word.load(Relaxed).to_ne_bytes());
-        }
-        let [len, inline @ ..] = bytes;
-        if usize::from(len) <= KeyId::INLINE {
-            return KeyId::Inline { len, bytes: inline };
+        let words = self.name.each_ref().map(|word| word.load(Relaxed).to_ne_bytes());
+        if usize::from(words[0][0]) <= KeyId::INLINE {
+            return KeyId::Inline(words);
         }
         let terms = self.terms.load();
         terms
@@ -314,25 +310,21 @@ impl Slot {
 
     /// Makes it the owner slot of a key.
     pub fn set_key_id(&self, id: &KeyId) {
-        let mut name = [LONG_ID; 24];
-        if let KeyId::Inline { len, bytes } = id {
-            name[0] = *len;
-            name[1..].copy_from_slice(bytes);
-        }
-        self.set_name(name);
+        self.set_name(match id {
+            KeyId::Inline(words) => *words,
+            KeyId::Shared(_) => [[LONG_ID; 8]; 3],
+        });
     }
 
-    fn set_name(&self, name: [u8; 24]) {
-        for (chunk, word) in name.chunks_exact(8).zip(&self.name) {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(chunk);
+    fn set_name(&self, name: [[u8; 8]; 3]) {
+        for (bytes, word) in name.into_iter().zip(&self.name) {
             word.store(u64::from_ne_bytes(bytes), Relaxed);
         }
     }
 
     fn clear(&self) {
         self.take_out();
-        self.set_name([FREE; 24]);
+        self.set_name([[FREE; 8]; 3]);
         self.sibling.store(NONE, Relaxed);
         self.terms.store(None);
     }
