@@ -82,7 +82,7 @@ fn decisions_go_on_during_full_resyncs_and_every_valid_key_passes() {
             for n in 0..STEADY + 500 {
                 // Other keys come and go in every round.
                 let n = if n < STEADY { n } else { n + 500 * (round % 3) as u32 };
-                building.add(key(n, 1)).unwrap();
+                building.add(&key(n, 1)).unwrap();
                 if n == STEADY / 2 {
                     // The resync stands still in the middle: both threads get on all the same.
                     wait_until("decisions wait for a resync", || is_further(50));

@@ -36,7 +36,8 @@ impl ControlPlane {
         api::router(Arc::clone(&self.0))
     }
 
-    /// Serves, over TLS if it is given any, until `shutdown`, then ends the feed's connections and finishes what is under way.
+    /// Serves, over TLS if it is given any, until `shutdown`, then ends the feed's connections, finishes what is under way, and
+    /// closes the database.
     pub async fn serve(
         &self,
         listener: tokio::net::TcpListener,
@@ -56,6 +57,7 @@ impl ControlPlane {
         if let Err(error) = upkeep.await {
             log::error!("the control plane's upkeep ended badly: {error}");
         }
+        self.0.store.close().await;
         Ok(())
     }
 

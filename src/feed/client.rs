@@ -277,13 +277,17 @@ fn apply(
     caps: Caps,
 ) -> FeedError {
     let mut applier = Applier::new(shared, progress, caps);
-    while let Some(chunk) = chunks.blocking_recv() {
-        let applied = match &mut decoder {
-            None => applier.push(&chunk),
-            Some(decoder) => decoder.push(&chunk, &mut |plain| applier.push(plain)),
-        };
-        if let Err(error) = applied {
-            return error;
+    // All that has come, so that the reader is woken once for it and not for each small chunk.
+    let mut come = Vec::with_capacity(QUEUED_CHUNKS);
+    while chunks.blocking_recv_many(&mut come, QUEUED_CHUNKS) > 0 {
+        for chunk in come.drain(..) {
+            let applied = match &mut decoder {
+                None => applier.push(&chunk),
+                Some(decoder) => decoder.push(&chunk, &mut |plain| applier.push(plain)),
+            };
+            if let Err(error) = applied {
+                return error;
+            }
         }
     }
     applier.finish()

@@ -224,7 +224,7 @@ impl Reading {
             if lines_of_ids.len() as u64 > self.max_keys {
                 return Err(FileError::TooManyKeys { cap: self.max_keys });
             }
-            if let Err(error) = resync.add(key) {
+            if let Err(error) = resync.add(&key) {
                 return refused(error.to_string());
             }
         }

@@ -1,7 +1,7 @@
 //! The gate's side of the control endpoint: it keeps the gate's snapshot in step with a control plane, or with a
 //! key file, and keeps a copy on disk, the spool, to start from.
 //!
-//! Read in this order: `lines` and `parse` (one line), `apply` (lines → the gate, whole or not at all), `client` (the
+//! Read in this order: `lines`, `parse` and `plain` (one line), `apply` (lines → the gate, whole or not at all), `client` (the
 //! connection and what can go wrong with it), `spool` over `record` (the copy on disk), `file` (a key file instead).
 //!
 //! Decisions that are not obvious:
@@ -24,6 +24,7 @@ mod client;
 mod file;
 pub mod lines;
 pub mod parse;
+mod plain;
 mod record;
 mod shared;
 mod spool;

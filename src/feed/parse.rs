@@ -155,10 +155,7 @@ impl RawLine {
 
     fn into_key(self, revision: u64) -> Result<KeyUpdate, ParseError> {
         let scopes = self.scopes.unwrap_or_default();
-        if scopes
-            .iter()
-            .any(|scope| scope.is_empty() || scope.len() > MAX_NAME_BYTES)
-        {
+        if scopes.iter().any(|scope| !is_name(scope)) {
             return Err(ParseError(format!("a scope is not 1 to {MAX_NAME_BYTES} bytes long")));
         }
         let organization = self.organization.unwrap_or_default();
@@ -193,9 +190,14 @@ impl RawLine {
     }
 }
 
+/// Whether it is as long as a name may be.
+pub(super) fn is_name(text: &str) -> bool {
+    (1..=MAX_NAME_BYTES).contains(&text.len())
+}
+
 fn checked_name(name: Option<Box<str>>, field: &str) -> Result<Box<str>, ParseError> {
     let name = name.ok_or_else(|| missing(field))?;
-    if name.is_empty() || name.len() > MAX_NAME_BYTES {
+    if !is_name(&name) {
         return Err(ParseError(format!(
             "\"{field}\" is not 1 to {MAX_NAME_BYTES} bytes long"
         )));
@@ -255,19 +257,23 @@ impl<'de> Deserialize<'de> for UnixMs {
                 f.write_str("an RFC 3339 time")
             }
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<UnixMs, E> {
-                match text.parse::<jiff::Timestamp>() {
-                    // Rounded down, so that a key never outlives its date.
-                    Ok(at) => Ok(UnixMs(at.as_nanosecond().div_euclid(1_000_000) as i64)),
-                    Err(_) => Err(E::custom("a time is not RFC 3339, such as 2026-11-24T10:00:00.000Z")),
-                }
+                unix_ms(text)
+                    .map(UnixMs)
+                    .ok_or_else(|| E::custom("a time is not RFC 3339, such as 2026-11-24T10:00:00.000Z"))
             }
         }
         deserializer.deserialize_str(Rfc3339).map_err(D::Error::custom)
     }
 }
 
+/// An RFC 3339 time in Unix milliseconds, rounded down, so that a key never outlives its date.
+pub(super) fn unix_ms(text: &str) -> Option<i64> {
+    let at = text.parse::<jiff::Timestamp>().ok()?;
+    Some(at.as_nanosecond().div_euclid(1_000_000) as i64)
+}
+
 /// Exactly 2·N hex digits of either case.
-fn hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
+pub(super) fn hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
     let digits = digits.as_bytes();
     if digits.len() != 2 * N {
         return None;

@@ -77,10 +77,14 @@ impl Change {
     pub fn decode(mut bytes: &[u8]) -> Option<Change> {
         let bytes = &mut bytes;
         let change = match take(bytes, 1)?[0] {
-            KEY => Change::Key(decode_key(bytes)?),
+            KEY => {
+                let mut key = KeyUpdate::default();
+                decode_key(bytes, &mut key)?;
+                Change::Key(key)
+            }
             GONE => Change::Gone {
                 revision: take_varint(bytes)?,
-                id: take_str(bytes)?,
+                id: take_str(bytes)?.into(),
             },
             HEARD => Change::Heard {
                 unix_ms: take_i64(bytes)?,
@@ -142,40 +146,50 @@ pub fn encode_key(key: &KeyUpdate, bytes: &mut Vec<u8>) {
     }
 }
 
-/// Takes one key off the front of `bytes`. `None`: damaged or cut off.
-pub fn decode_key(bytes: &mut &[u8]) -> Option<KeyUpdate> {
+/// Takes one key off the front of `bytes`, into `key`, whose texts stay where they are if they are the same. `None`: damaged
+/// or cut off; what `key` says then is of no use.
+pub fn decode_key(bytes: &mut &[u8], key: &mut KeyUpdate) -> Option<()> {
     let flags = take(bytes, 1)?[0];
     if flags & !(DISABLED | REVOKED | EXPIRES) != 0 {
         return None;
     }
-    let expires_at_ms = if flags & EXPIRES != 0 {
+    key.disabled = flags & DISABLED != 0;
+    key.revoked = flags & REVOKED != 0;
+    key.expires_at_ms = if flags & EXPIRES != 0 {
         Some(take_i64(bytes)?)
     } else {
         None
     };
-    let revision = take_varint(bytes)?;
-    let id = take_str(bytes)?;
-    let organization = take_str(bytes)?;
-    let environment = take_str(bytes)?;
-    let plan = take_str(bytes)?;
-    let scope_count = take_count(bytes)?;
-    let scopes = (0..scope_count).map(|_| take_str(bytes)).collect::<Option<Vec<_>>>()?;
-    let secret_count = take_count(bytes)?;
-    let secrets = (0..secret_count)
-        .map(|_| take_secret(bytes))
-        .collect::<Option<Vec<_>>>()?;
-    Some(KeyUpdate {
-        revision,
-        id,
-        organization,
-        environment,
-        scopes,
-        plan,
-        secrets,
-        expires_at_ms,
-        disabled: flags & DISABLED != 0,
-        revoked: flags & REVOKED != 0,
-    })
+    key.revision = take_varint(bytes)?;
+    set(&mut key.id, take_str(bytes)?);
+    set(&mut key.organization, take_str(bytes)?);
+    set(&mut key.environment, take_str(bytes)?);
+    set(&mut key.plan, take_str(bytes)?);
+    let scopes = take_count(bytes)?;
+    key.scopes.truncate(scopes);
+    for scope in 0..scopes {
+        set_scope(key, scope, take_str(bytes)?);
+    }
+    key.secrets.clear();
+    for _ in 0..take_count(bytes)? {
+        key.secrets.push(take_secret(bytes)?);
+    }
+    Some(())
+}
+
+/// Puts a text where another one is held, or the same.
+pub fn set(held: &mut Box<str>, text: &str) {
+    if **held != *text {
+        *held = text.into();
+    }
+}
+
+/// The same for the scope with this number, which may be the one after the last.
+pub fn set_scope(key: &mut KeyUpdate, number: usize, scope: &str) {
+    match key.scopes.get_mut(number) {
+        Some(held) => set(held, scope),
+        None => key.scopes.push(scope.into()),
+    }
 }
 
 fn take_secret(bytes: &mut &[u8]) -> Option<SecretUpdate> {
@@ -216,9 +230,9 @@ fn put_str(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend_from_slice(text.as_bytes());
 }
 
-fn take_str(bytes: &mut &[u8]) -> Option<Box<str>> {
+fn take_str<'b>(bytes: &mut &'b [u8]) -> Option<&'b str> {
     let length = take_count(bytes)?;
-    std::str::from_utf8(take(bytes, length)?).ok().map(Box::from)
+    std::str::from_utf8(take(bytes, length)?).ok()
 }
 
 /// A count of things that take a byte each at least, so never more than there are bytes left.

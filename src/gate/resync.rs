@@ -62,7 +62,7 @@ impl Resync<'_> {
     ///
     /// # Errors
     /// [`KeyError`]; the snapshot is then not to be committed.
-    pub fn add(&mut self, update: KeyUpdate) -> Result<(), KeyError> {
+    pub fn add(&mut self, update: &KeyUpdate) -> Result<(), KeyError> {
         let (Some(writer), Some(secrets)) = (&mut self.writer, &self.secrets) else {
             return Err(KeyError::Busy);
         };
@@ -74,7 +74,7 @@ impl Resync<'_> {
         self.keys.insert(owner);
         for secret in &update.secrets {
             let digest = SecretDigest(secret.digest);
-            let terms = writer.terms.of(&gate.names, &update, secret.not_after_ms)?;
+            let terms = writer.terms.of(&gate.names, update, secret.not_after_ms)?;
             let held = gate.secret_slots(owner).find(|(_, slot)| slot.holds(&digest));
             let id = match held {
                 Some((id, slot)) => {
@@ -104,7 +104,7 @@ impl Resync<'_> {
             };
             self.holding.insert(id);
             if !secrets.put(&gate.slots, &digest, id) {
-                return Err(KeyError::SecretTaken { id: update.id });
+                return Err(KeyError::SecretTaken { id: update.id.clone() });
             }
         }
         Ok(())

@@ -130,7 +130,8 @@ impl TermsTable {
             &key.plan,
             &key.scopes,
         );
-        let same = |held: &Arc<Terms>| held.organization() == &*key.organization && held.role.is_of(key);
+        let same =
+            |held: &Arc<Terms>| held.organization.as_bytes() == key.organization.as_bytes() && held.role.is_of(key);
         if let Some(held) = self.plain.find(hash, same) {
             return Ok(held.clone());
         }
@@ -192,7 +193,9 @@ impl TermsTable {
 
 impl Role {
     fn is_of(&self, key: &KeyUpdate) -> bool {
-        text(&self.environment) == &*key.environment && self.plan_name == key.plan && *self.scope_names == *key.scopes
+        self.environment.as_bytes() == key.environment.as_bytes()
+            && self.plan_name == key.plan
+            && *self.scope_names == *key.scopes
     }
 }
 

@@ -119,7 +119,7 @@ impl Fixture {
     fn resync(&self, keys: impl IntoIterator<Item = KeyUpdate>, revision: u64) -> Result<(), KeyError> {
         let mut resync = self.gate.resync(10)?;
         for key in keys {
-            resync.add(key)?;
+            resync.add(&key)?;
         }
         resync.commit(revision)
     }

@@ -16,7 +16,7 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 /// All that the gate is told about one key. A change is the whole of it again.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct KeyUpdate {
     /// The feed revision that made it so.
     pub revision: u64,

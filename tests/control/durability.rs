@@ -147,7 +147,12 @@ async fn migrations_are_told_applied_and_backed_up() {
     backup(&database, &copy).await.unwrap();
     assert!(backup(&database, &copy).await.is_err(), "nothing is overwritten");
     harness.stop().await;
-    assert!(!directory.path().join("copy.db-wal").exists(), "the copy is one file");
+    for name in ["tollgate.db-wal", "tollgate.db-shm", "copy.db-wal"] {
+        assert!(
+            !directory.path().join(name).exists(),
+            "{name}: what is stopped, or a copy, is one file"
+        );
+    }
     for _ in 0..2 {
         let harness = Harness::with(Settings {
             database: format!("sqlite://{}", copy.display()),

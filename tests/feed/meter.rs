@@ -28,7 +28,7 @@ fn fill(gate: &Gate, count: u32) {
         let line: KeyLine = key_in(n, environment(n));
         let text = serde_json::to_vec(&line).unwrap();
         resync
-            .add(tollgate::feed::parse::parse_key_file_line(&text, 1).unwrap())
+            .add(&tollgate::feed::parse::parse_key_file_line(&text, 1).unwrap())
             .unwrap();
     }
     resync.commit(1).unwrap();
@@ -546,7 +546,7 @@ async fn counts_do_not_wait_for_a_snapshot_that_is_being_built() {
     for n in 0..3 {
         let text = serde_json::to_vec(&key_in(n, environment(n))).unwrap();
         let update = tollgate::feed::parse::parse_key_file_line(&text, 2).unwrap();
-        resync.add(update).unwrap();
+        resync.add(&update).unwrap();
         assert!(pass(&gate, &clock, n));
     }
     meter.flush().await;

@@ -120,7 +120,7 @@ pub fn resync(gate: &Gate, keys: impl IntoIterator<Item = KeyUpdate>, revision: 
     let keys = keys.into_iter();
     let mut resync = gate.resync(keys.size_hint().0).expect("no other writer");
     for key in keys {
-        resync.add(key).expect("a key without faults");
+        resync.add(&key).expect("a key without faults");
     }
     resync.commit(revision).expect("a newer revision");
 }

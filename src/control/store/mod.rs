@@ -105,7 +105,12 @@ impl MigrationState {
 }
 
 /// Everything a store does.
-pub trait Store: AccountStore + SessionStore + KeyStore + AuditStore + LedgerStore + FeedStore + 'static {}
+#[async_trait]
+pub trait Store: AccountStore + SessionStore + KeyStore + AuditStore + LedgerStore + FeedStore + 'static {
+    /// Ends its connections, once what they do is done; a SQLite database is then one file, without a log beside it. What is
+    /// asked of the store afterwards fails.
+    async fn close(&self);
+}
 
 /// Who makes a change, and when.
 #[derive(Clone, Copy, Debug)]

@@ -7,9 +7,9 @@ use std::collections::HashMap;
 fn a_resync_forgets_what_it_does_not_name_and_is_whole_or_nothing() {
     let fixture = Fixture::new([key(1, 1), key(2, 1)]);
     let mut abandoned = fixture.gate.resync(2).unwrap();
-    abandoned.add(key(3, 1)).unwrap();
+    abandoned.add(&key(3, 1)).unwrap();
     abandoned
-        .add(KeyUpdate {
+        .add(&KeyUpdate {
             revoked: true,
             ..key(1, 1)
         })

@@ -37,6 +37,7 @@
 //!
 //! Columns are named in every statement, never `*`: a newer version may add some while an older one still runs.
 
+use async_trait::async_trait;
 use sqlx::{PgConnection, Postgres, Transaction};
 
 use super::{Stamp, Store};
@@ -68,7 +69,20 @@ pub struct PostgresStore {
     process: String,
 }
 
-impl Store for PostgresStore {}
+#[async_trait]
+impl Store for PostgresStore {
+    async fn close(&self) {
+        let Pools {
+            general,
+            changes,
+            snapshots,
+            ..
+        } = &self.pools;
+        for pool in [snapshots, changes, general] {
+            pool.close().await;
+        }
+    }
+}
 
 impl PostgresStore {
     /// Connects to `postgres://…` and brings its schema up to date. Several processes may do so at once.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use sqlx::migrate::{Migrate, Migrator};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
@@ -39,7 +40,15 @@ pub struct SqliteStore {
     _scratch: Option<Scratch>,
 }
 
-impl Store for SqliteStore {}
+#[async_trait]
+impl Store for SqliteStore {
+    async fn close(&self) {
+        self.readers.close().await;
+        self.snapshots.close().await;
+        // The last to go writes the log into the file, which those that only read could not.
+        self.writer.close().await;
+    }
+}
 
 impl SqliteStore {
     /// Opens `sqlite://…`, makes the file where there is none, and brings its schema up to date.
