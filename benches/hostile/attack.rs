@@ -11,10 +11,15 @@ use tokio::time::Instant;
 
 /// 1,000 connections are what one address may have.
 pub const ADDRESSES: u32 = 20;
-/// Within this all connections are opened.
-pub const RAMP: Duration = Duration::from_secs(5);
+/// After this all connections are open. Who is let wait longest comes first, or some would be gone by then; and none
+/// come so fast that what is measured is how many connections a second the machine can open.
+pub const RAMP: Duration = Duration::from_secs(20);
 /// How many unknown keys are tried.
 pub const GUESSES: u64 = 1_000_000;
+/// How fast. More would only show that one machine is too small for the gate and those who load it.
+pub const GUESSES_PER_SECOND: u32 = 5_000;
+/// On how many connections.
+pub const GUESSERS: u32 = 16;
 /// A slow client sends or takes a byte this often.
 const DRIP: Duration = Duration::from_secs(5);
 /// What is not closed then, after its rule, counts as not gone.
@@ -38,6 +43,30 @@ pub struct Guesses {
     pub others: u64,
 }
 
+impl Guesses {
+    pub fn add(&mut self, more: Guesses) {
+        self.seconds += more.seconds;
+        self.unknown += more.unknown;
+        self.throttled += more.throttled;
+        self.others += more.others;
+    }
+}
+
+/// What became of the connections of two attacks: the worse of both medians, too.
+pub fn together(some: Vec<Closed>, more: Vec<Closed>) -> Vec<Closed> {
+    if some.is_empty() {
+        return more;
+    }
+    let both = |(some, more): (Closed, Closed)| Closed {
+        kind: some.kind,
+        opened: some.opened + more.opened,
+        gone: some.gone + more.gone,
+        median_ms: some.median_ms.max(more.median_ms),
+        longest_ms: some.longest_ms.max(more.longest_ms),
+    };
+    some.into_iter().zip(more).map(both).collect()
+}
+
 pub struct Attacker(Child);
 
 impl Drop for Attacker {
@@ -49,12 +78,13 @@ impl Drop for Attacker {
 }
 
 impl Attacker {
-    fn start(gate: &Gate, kind: &str, number: u64) -> Self {
+    fn start(gate: &Gate, kind: &str, numbers: &[u64]) -> Self {
         let ourselves = std::env::current_exe().expect("a binary knows its path");
         let child = Command::new("nice")
             .args(["-n", "19"])
             .arg(ourselves)
-            .args(["attacker", kind, &gate.address.to_string(), &number.to_string()])
+            .args(["attacker", kind, &gate.address.to_string()])
+            .args(numbers.iter().map(u64::to_string))
             .stdout(Stdio::piped())
             .spawn()
             .expect("the attacker starts");
@@ -88,12 +118,12 @@ impl Attacker {
 
 /// Opens slow connections of all kinds.
 pub fn slow(gate: &Gate, connections: usize) -> Attacker {
-    Attacker::start(gate, "slow", connections as u64)
+    Attacker::start(gate, "slow", &[connections as u64])
 }
 
-/// Tries keys until all were answered.
-pub fn guess(gate: &Gate, guesses: u64) -> Guesses {
-    let mut attacker = Attacker::start(gate, "guess", guesses);
+/// Tries so many keys, from the `first` of those that nobody has, until all were answered.
+pub fn guess(gate: &Gate, first: u64, guesses: u64) -> Guesses {
+    let mut attacker = Attacker::start(gate, "guess", &[first, guesses]);
     let line = attacker.lines().pop().expect("the attacker reports");
     let number = |at: usize| line[at].parse::<u64>().expect("a number");
     Guesses {
@@ -107,15 +137,15 @@ pub fn guess(gate: &Gate, guesses: u64) -> Guesses {
 /// The attacker's own process.
 pub fn attacker(arguments: &[String]) {
     let gate: SocketAddr = arguments[1].parse().expect("the gate's address");
-    let number: u64 = arguments[2].parse().expect("a number");
+    let number = |at: usize| arguments[at].parse::<u64>().expect("a number");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("a runtime");
     runtime.block_on(async {
         match arguments[0].as_str() {
-            "slow" => slow_clients(gate, number as usize).await,
-            _ => guesses(gate, number).await,
+            "slow" => slow_clients(gate, number(2) as usize).await,
+            _ => guesses(gate, KEYS + number(2), number(3)).await,
         }
     });
 }
@@ -127,12 +157,24 @@ enum Kind {
     Read,
 }
 
+impl Kind {
+    /// How long before the ramp's end the first of its clients comes: less than it is let wait.
+    fn comes_before_end(self) -> Duration {
+        match self {
+            Kind::Head => RAMP / 4,
+            Kind::Body => RAMP / 2,
+            Kind::Read => RAMP,
+        }
+    }
+}
+
 async fn slow_clients(gate: SocketAddr, connections: usize) {
     let started = Instant::now();
     let mut clients = Vec::new();
     for n in 0..connections {
         let kind = [Kind::Head, Kind::Body, Kind::Read][n % 3];
-        let at = started + RAMP * n as u32 / connections as u32;
+        let ramp = kind.comes_before_end();
+        let at = started + RAMP - ramp + ramp * n as u32 / connections as u32;
         clients.push((kind, tokio::spawn(slow_client(gate, n as u32, kind, at))));
     }
     let mut over = [const { Vec::new() }; 3];
@@ -215,11 +257,10 @@ async fn drip(stream: &mut TcpStream, kind: Kind) {
     }
 }
 
-async fn guesses(gate: SocketAddr, number: u64) {
-    const CONNECTIONS: u64 = 16;
+async fn guesses(gate: SocketAddr, first: u64, number: u64) {
     let started = Instant::now();
-    let clients: Vec<_> = (0..CONNECTIONS)
-        .map(|n| tokio::spawn(guesser(gate, KEYS + n, CONNECTIONS, KEYS + number)))
+    let clients: Vec<_> = (0..GUESSERS)
+        .map(|n| tokio::spawn(guesser(gate, first + u64::from(n), first + number)))
         .collect();
     let mut answers = [0; 3];
     for client in clients {
@@ -232,7 +273,9 @@ async fn guesses(gate: SocketAddr, number: u64) {
     println!("{}\t{unknown}\t{throttled}\t{others}", started.elapsed().as_millis());
 }
 
-async fn guesser(gate: SocketAddr, from: u64, step: u64, to: u64) -> [u64; 3] {
+async fn guesser(gate: SocketAddr, from: u64, to: u64) -> [u64; 3] {
+    let every = Duration::from_secs(1) * GUESSERS / GUESSES_PER_SECOND;
+    let mut due = Instant::now();
     let mut answers = [0; 3];
     let socket = TcpSocket::new_v4().expect("a socket");
     socket
@@ -243,6 +286,8 @@ async fn guesser(gate: SocketAddr, from: u64, step: u64, to: u64) -> [u64; 3] {
     let mut answer = Vec::with_capacity(2048);
     let mut n = from;
     while n < to {
+        tokio::time::sleep_until(due).await;
+        due += every;
         // Each claims to be somebody else, which no proxy of ours has said.
         let head = format!(
             "GET /a HTTP/1.1\r\nHost: gate\r\nx-api-key: {}\r\nX-Forwarded-For: 127.0.1.{}\r\n\r\n",
@@ -262,7 +307,7 @@ async fn guesser(gate: SocketAddr, from: u64, step: u64, to: u64) -> [u64; 3] {
             _ => 2,
         };
         answers[at] += 1;
-        n += step;
+        n += u64::from(GUESSERS);
     }
     answers
 }

@@ -82,20 +82,59 @@ impl Gate {
         gate
     }
 
-    /// How many descriptors the gate has open.
-    pub fn descriptors(&self) -> usize {
-        Path::new(&format!("/proc/{}/fd", self.process.id()))
-            .read_dir()
-            .map_or(0, Iterator::count)
+    /// How much it takes now.
+    pub fn look(&self) -> Look {
+        let of_process = |name: &str| format!("/proc/{}/{name}", self.process.id());
+        let status = std::fs::read_to_string(of_process("status")).unwrap_or_default();
+        let sockets = std::fs::read_to_string("/proc/net/sockstat").unwrap_or_default();
+        let number_after = |text: &str, name: &str| {
+            text.split_once(name)
+                .and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok())
+                .unwrap_or(0)
+        };
+        let tcp = sockets
+            .lines()
+            .find(|line| line.starts_with("TCP:"))
+            .unwrap_or_default();
+        Look {
+            descriptors: Path::new(&of_process("fd")).read_dir().map_or(0, Iterator::count),
+            resident_kib: number_after(&status, "VmRSS:"),
+            // In pages.
+            sockets_kib: number_after(tcp, " mem ") * 4,
+        }
     }
 
-    /// Its resident memory.
-    pub fn resident_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap_or_default();
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok())
-            .unwrap_or(0)
+    /// The processor time that it has taken so far.
+    pub fn cpu(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id())).unwrap_or_default();
+        let after_name = stat.rsplit(')').next().unwrap_or_default();
+        // In its own mode and the kernel's, in hundredths of a second.
+        let ticks: u64 = after_name
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|ticks| ticks.parse::<u64>().ok())
+            .sum();
+        Duration::from_millis(ticks * 10)
+    }
+}
+
+/// What the gate's process, and the kernel for it, hold at one moment.
+#[derive(Clone, Copy, Default)]
+pub struct Look {
+    pub descriptors: usize,
+    pub resident_kib: u64,
+    pub sockets_kib: u64,
+}
+
+impl Look {
+    /// The most of each.
+    pub fn max(self, other: Look) -> Look {
+        Look {
+            descriptors: self.descriptors.max(other.descriptors),
+            resident_kib: self.resident_kib.max(other.resident_kib),
+            sockets_kib: self.sockets_kib.max(other.sockets_kib),
+        }
     }
 }
 

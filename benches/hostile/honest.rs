@@ -48,6 +48,17 @@ pub struct Latencies {
 }
 
 impl Latencies {
+    pub fn add(&mut self, more: Latencies) {
+        for (series, more) in [(&mut self.kept, more.kept), (&mut self.fresh, more.fresh)] {
+            series.us.extend(more.us);
+            series.failed += more.failed;
+        }
+    }
+
+    pub fn answered(&self) -> usize {
+        self.kept.answered() + self.fresh.answered()
+    }
+
     pub fn kept(&self) -> &Series {
         &self.kept
     }
@@ -85,6 +96,25 @@ pub fn honest(gate: &Gate, meanwhile: impl FnOnce()) -> Latencies {
     meanwhile();
     stop.store(true, Ordering::Relaxed);
     clients.join().expect("the clients do not panic")
+}
+
+/// Whether an unknown key from the address of the honest clients is answered 401: nothing is held against it.
+pub fn is_unsuspected(gate: &Gate) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let head = format!(
+        "GET /a HTTP/1.1\r\nHost: gate\r\nx-api-key: {}\r\nConnection: close\r\n\r\n",
+        secret(KEYS)
+    );
+    runtime.block_on(async {
+        let mut stream = connect(gate.address).await.expect("a connection");
+        stream.write_all(head.as_bytes()).await.expect("the request is written");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.expect("an answer");
+        answer.starts_with(b"HTTP/1.1 401")
+    })
 }
 
 async fn keep(gate: SocketAddr, n: u32, stop: Arc<AtomicBool>) -> Series {

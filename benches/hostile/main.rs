@@ -1,9 +1,10 @@
 //! What an attack does to everybody else: the real binary, attacked from a process of its own, with honest requests
-//! beside it. `cargo bench --bench hostile` runs it all (about four minutes) and writes `results/hostile.md`;
+//! beside it. `cargo bench --bench hostile` runs it all (about eight minutes) and writes `results/hostile.md`;
 //! `HOSTILE_CONNECTIONS=N` changes how many slow connections there are (10,000).
 //!
-//! The attacker has the lowest priority: on the one machine of this bench it takes the gate's processor otherwise, and
-//! what would be measured is the scheduler. On its own machine it would not.
+//! Quiet and attacked phases take turns in one run, so that both meet the same machine. The attacker has the lowest
+//! priority: on the one machine of this bench it takes the gate's processor otherwise, and what would be measured is
+//! the scheduler. On its own machine it would not.
 
 mod attack;
 mod gate;
@@ -11,11 +12,11 @@ mod honest;
 mod upstream;
 
 use attack::Closed;
-use gate::Gate;
-use honest::{Latencies, honest};
+use gate::{Gate, Look};
+use honest::{Latencies, honest, is_unsuspected};
 use std::fmt::Write as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -37,7 +38,8 @@ fn bench() {
          optimised, with its default limits; {} processors for gate, upstream, honest clients and attacker together, the \
          attacker at the lowest priority; load average at the start: {}, which must be near 0 for the times to mean \
          anything. Honest requests: {} a second on {} kept connections, and {} a \
-         second on a connection each; a latency counts from when the request was due.\n",
+         second on a connection each; a latency counts from when the request was due. Quiet and attacked phases take \
+         turns.\n",
         std::thread::available_parallelism().map_or(1, usize::from),
         std::fs::read_to_string("/proc/loadavg")
             .ok()
@@ -54,34 +56,35 @@ fn bench() {
     std::fs::write(&path, report).expect("the results are written");
 }
 
-/// Slow heads, bodies and readers, all at once.
+/// Slow heads, bodies and readers, all at once, twice.
 fn slow_clients(report: &mut String, connections: usize) {
-    let upstream = upstream::start();
-    let gate = Gate::start(upstream);
+    const ROUNDS: usize = 2;
+    let gate = Gate::start(upstream::start());
     honest(&gate, || std::thread::sleep(Duration::from_secs(3)));
-    let descriptors_before = gate.descriptors();
-    let memory_before = gate.resident_kib();
-    let quiet = honest(&gate, || std::thread::sleep(Duration::from_secs(15)));
-    let mut closed = Vec::new();
-    let mut most_descriptors = 0;
-    let mut most_memory = 0;
-    let busy = honest(&gate, || {
+    let before = gate.look();
+    let [mut quiet, mut coming, mut there] = std::array::from_fn(|_| Phase::default());
+    let mut closed: Vec<Closed> = Vec::new();
+    let mut most = Look::default();
+    for _ in 0..ROUNDS {
+        quiet.run(&gate, || std::thread::sleep(QUIET));
         let mut attacker = attack::slow(&gate, connections);
-        while !attacker.has_ended() {
-            std::thread::sleep(Duration::from_millis(500));
-            most_descriptors = most_descriptors.max(gate.descriptors());
-            most_memory = most_memory.max(gate.resident_kib());
-        }
-        closed = attacker.report();
-    });
-    std::thread::sleep(Duration::from_secs(3));
-    let after = honest(&gate, || std::thread::sleep(Duration::from_secs(15)));
-    let descriptors_after = gate.descriptors();
+        coming.run(&gate, || std::thread::sleep(attack::RAMP));
+        there.run(&gate, || {
+            while !attacker.has_ended() {
+                std::thread::sleep(Duration::from_millis(500));
+                most = most.max(gate.look());
+            }
+        });
+        closed = attack::together(closed, attacker.report());
+        std::thread::sleep(Duration::from_secs(3));
+    }
+    let after = gate.look();
+    let attacks = (connections * ROUNDS) as f64;
     let _ = write!(
         report,
-        "\n## {connections} slow connections\n\nFrom {} addresses, opened within {} s; each sends, or takes, one byte \
-         every 5 s. \"Over\" is the time from the end of what its rule allows (head: 10 s; body: 20 s at 500 bytes a \
-         second; response: 60 s at the same rate) to the moment it saw its connection end.\n\n\
+        "\n## {connections} slow connections, {ROUNDS} times\n\nFrom {} addresses, all open at once after {} s; \
+         each sends, or takes, one byte every 5 s. \"Over\" is the time from the end of what its rule allows (head: 10 s; body: 20 s at \
+         500 bytes a second; response: 60 s at the same rate) to the moment it saw its connection end.\n\n\
          | kind | connections | gone | over, median | over, longest |\n|---|---|---|---|---|\n",
         attack::ADDRESSES,
         attack::RAMP.as_secs(),
@@ -99,51 +102,106 @@ fn slow_clients(report: &mut String, connections: usize) {
             "| {kind} | {opened} | {gone} | {median_ms} ms | {longest_ms} ms |"
         );
     }
-    latencies(report, &[("before", &quiet), ("during", &busy), ("after", &after)]);
+    latencies(
+        report,
+        &quiet,
+        &[("while they come", &coming), ("while they are there", &there)],
+    );
     let _ = writeln!(
         report,
-        "\nDescriptors of the gate: {descriptors_before} before, {most_descriptors} at most, {descriptors_after} \
-         after. Resident memory: {} MiB before, {} MiB at most.",
-        memory_before / 1024,
-        most_memory / 1024,
+        "\nThe gate's processor time: {:.0} µs for an honest request while it was quiet; beyond that the attack took \
+         {:.0} µs for each of its connections, from its first byte to its end, most of it for reading 700 KiB ahead of \
+         each slow reader: {:.1} % of one processor while they came, {:.1} % while they were there. Descriptors of the gate: {} before, {} at most, {} after. Resident memory: {} MiB before, {} MiB at \
+         most; the kernel's for all sockets of the machine, both ends of each: {} MiB at most.",
+        quiet.cpu_us_per_request(),
+        (coming.cpu_us_beyond(&quiet) + there.cpu_us_beyond(&quiet)) / attacks,
+        coming.cpu_us_beyond(&quiet) / coming.time.as_secs_f64() / 1e4,
+        there.cpu_us_beyond(&quiet) / there.time.as_secs_f64() / 1e4,
+        before.descriptors,
+        most.descriptors,
+        after.descriptors,
+        before.resident_kib / 1024,
+        most.resident_kib / 1024,
+        most.sockets_kib / 1024,
     );
     assert!(closed.iter().all(|kind| kind.gone == kind.opened), "{report}");
     assert!(closed.iter().all(|kind| kind.longest_ms <= 10_500), "{report}");
-    assert!(descriptors_after <= descriptors_before + 16, "{report}");
+    assert!(after.descriptors <= before.descriptors + 16, "{report}");
 }
 
 /// A million keys that nobody has, from one address.
 fn unknown_keys(report: &mut String) {
-    let upstream = upstream::start();
-    let gate = Gate::start(upstream);
+    const ROUNDS: u64 = 4;
+    let gate = Gate::start(upstream::start());
     honest(&gate, || std::thread::sleep(Duration::from_secs(3)));
-    let quiet = honest(&gate, || std::thread::sleep(Duration::from_secs(15)));
-    let memory_before = gate.resident_kib();
-    let mut guessed = attack::Guesses::default();
-    let busy = honest(&gate, || guessed = attack::guess(&gate, attack::GUESSES));
-    let memory_after = gate.resident_kib();
+    let before = gate.look();
+    let (mut quiet, mut beside) = (Phase::default(), Phase::default());
+    let mut guesses = attack::Guesses::default();
+    for round in 0..ROUNDS {
+        quiet.run(&gate, || std::thread::sleep(QUIET));
+        let each = attack::GUESSES / ROUNDS;
+        beside.run(&gate, || guesses.add(attack::guess(&gate, round * each, each)));
+    }
+    let after = gate.look();
     let _ = write!(
         report,
-        "\n## {} unknown keys from one address\n\nWell-formed keys with a right checksum, on 16 connections, as fast as \
-         they were answered: {:.0} s, {:.0} a second. Answers: {} × 401, {} × 429 TOO_MANY_FAILED_ATTEMPTS, {} others. \
-         Resident memory: {} KiB before, {} KiB after. The honest clients have other addresses.\n",
+        "\n## {} unknown keys from one address\n\nWell-formed keys with a right checksum, each with an X-Forwarded-For of \
+         another, honest address; on {} connections, {:.0} a second ({} were asked for). Answers: {} × 401, {} × 429 \
+         TOO_MANY_FAILED_ATTEMPTS, {} others. Resident memory: {} KiB before, {} KiB after. The honest clients have \
+         other addresses.\n",
         attack::GUESSES,
-        guessed.seconds,
-        attack::GUESSES as f64 / guessed.seconds.max(0.001),
-        guessed.unknown,
-        guessed.throttled,
-        guessed.others,
-        memory_before,
-        memory_after,
+        attack::GUESSERS,
+        attack::GUESSES as f64 / guesses.seconds.max(0.001),
+        attack::GUESSES_PER_SECOND,
+        guesses.unknown,
+        guesses.throttled,
+        guesses.others,
+        before.resident_kib,
+        after.resident_kib,
     );
-    latencies(report, &[("before", &quiet), ("during", &busy)]);
-    assert_eq!(guessed.others, 0, "{report}");
-    assert!(guessed.throttled > guessed.unknown, "{report}");
+    latencies(report, &quiet, &[("attacked", &beside)]);
+    let _ = writeln!(
+        report,
+        "\nThe gate's processor time: {:.1} µs for an honest request while it was quiet, {:.1} µs for a refused one. An \
+         unknown key from one of the addresses that were named in X-Forwarded-For is still answered 401.",
+        quiet.cpu_us_per_request(),
+        beside.cpu_us_beyond(&quiet) / attack::GUESSES as f64,
+    );
+    assert_eq!(guesses.others, 0, "{report}");
+    assert!(guesses.throttled > guesses.unknown, "{report}");
+    assert!(is_unsuspected(&gate), "an honest address was framed:\n{report}");
 }
 
-fn latencies(report: &mut String, phases: &[(&str, &Latencies)]) {
+/// The honest requests of all phases of one kind, and what they and the attack beside them took.
+#[derive(Default)]
+struct Phase {
+    latencies: Latencies,
+    cpu: Duration,
+    time: Duration,
+}
+
+impl Phase {
+    fn run(&mut self, gate: &Gate, meanwhile: impl FnOnce()) {
+        let (cpu, started) = (gate.cpu(), Instant::now());
+        self.latencies.add(honest(gate, meanwhile));
+        self.cpu += gate.cpu().saturating_sub(cpu);
+        self.time += started.elapsed();
+    }
+
+    fn cpu_us_per_request(&self) -> f64 {
+        self.cpu.as_secs_f64() * 1e6 / self.latencies.answered().max(1) as f64
+    }
+
+    /// What was spent on others than honest requests.
+    fn cpu_us_beyond(&self, quiet: &Phase) -> f64 {
+        self.cpu.as_secs_f64() * 1e6 - quiet.cpu_us_per_request() * self.latencies.answered() as f64
+    }
+}
+
+fn latencies(report: &mut String, quiet: &Phase, attacked: &[(&str, &Phase)]) {
+    let phases = || std::iter::once(("quiet", quiet)).chain(attacked.iter().copied());
     report.push_str(
-        "\n| honest requests | phase | answered | failed | median µs | p99 µs | × the p99 before |\n|---|---|---|---|---|---|---|\n",
+        "\n| honest requests | phase | answered | failed | median µs | p99 µs | × the quiet p99 |\n|---|---|---|---|---|---|---|\n",
     );
     for (what, of) in [
         (
@@ -152,9 +210,9 @@ fn latencies(report: &mut String, phases: &[(&str, &Latencies)]) {
         ),
         ("on a connection each", Latencies::fresh),
     ] {
-        let before = of(phases[0].1).percentile(0.99);
-        for (phase, all) in phases {
-            let series = of(all);
+        let quiet_p99 = of(&quiet.latencies).percentile(0.99);
+        for (phase, all) in phases() {
+            let series = of(&all.latencies);
             let p99 = series.percentile(0.99);
             let _ = writeln!(
                 report,
@@ -162,15 +220,14 @@ fn latencies(report: &mut String, phases: &[(&str, &Latencies)]) {
                 series.answered(),
                 series.failed,
                 series.percentile(0.5),
-                p99 as f64 / before.max(1) as f64,
+                p99 as f64 / quiet_p99.max(1) as f64,
             );
         }
     }
-    for (phase, all) in phases {
-        assert_eq!(
-            all.kept().failed + all.fresh().failed,
-            0,
-            "honest requests failed {phase}:\n{report}"
-        );
+    for (_, phase) in phases() {
+        let failed = phase.latencies.kept().failed + phase.latencies.fresh().failed;
+        assert_eq!(failed, 0, "honest requests failed:\n{report}");
     }
 }
+
+const QUIET: Duration = Duration::from_secs(15);
