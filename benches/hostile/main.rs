@@ -110,8 +110,8 @@ fn slow_clients(report: &mut String, connections: usize) {
     let _ = writeln!(
         report,
         "\nThe gate's processor time: {:.0} µs for an honest request while it was quiet; beyond that the attack took \
-         {:.0} µs for each of its connections, from its first byte to its end, most of it for reading 700 KiB ahead of \
-         each slow reader: {:.1} % of one processor while they came, {:.1} % while they were there. Descriptors of the gate: {} before, {} at most, {} after. Resident memory: {} MiB before, {} MiB at \
+         {:.0} µs for each of its connections, from its first byte to its end: \
+         {:.1} % of one processor while they came, {:.1} % while they were there. Descriptors of the gate: {} before, {} at most, {} after. Resident memory: {} MiB before, {} MiB at \
          most; the kernel's for all sockets of the machine, both ends of each: {} MiB at most.",
         quiet.cpu_us_per_request(),
         (coming.cpu_us_beyond(&quiet) + there.cpu_us_beyond(&quiet)) / attacks,
