@@ -78,7 +78,7 @@ impl SharedLimits for Limits {
         self.0.deadline()
     }
 
-    async fn wait(&self, reservation: &Reservation, deadline: Instant) -> bool {
+    async fn wait(&self, reservation: &Arc<Reservation>, deadline: Instant) -> bool {
         self.0.wait(reservation, deadline).await
     }
 

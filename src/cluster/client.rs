@@ -30,6 +30,7 @@ struct Inner {
     was_fit: AtomicBool,
     waited: AtomicU64,
     waited_in_vain: AtomicU64,
+    longest_wait_ns: AtomicU64,
 }
 
 /// What fails by itself: all windows of one partition of the store.
@@ -47,7 +48,7 @@ struct Part {
 pub struct Status {
     /// See [`Counts`].
     pub counts: Counts,
-    /// Windows whose calls are not answered yet.
+    /// Calls that are not answered yet.
     pub unacked: usize,
     /// Windows that this gate shares at the moment.
     pub windows: usize,
@@ -55,6 +56,8 @@ pub struct Status {
     pub waited: u64,
     /// Those that got none in time.
     pub waited_in_vain: u64,
+    /// The longest that one has waited.
+    pub longest_wait: Duration,
     /// Gates that share the limits, as far as it was ever heard.
     pub gates: u32,
     /// Grants count, in every partition and for every window.
@@ -80,6 +83,7 @@ impl Cluster {
             was_fit: AtomicBool::new(false),
             waited: AtomicU64::new(0),
             waited_in_vain: AtomicU64::new(0),
+            longest_wait_ns: AtomicU64::new(0),
         }))
     }
 
@@ -102,10 +106,21 @@ impl Cluster {
         Instant::now() + self.0.wait
     }
 
-    /// Waits until there may be permits, or it is known that there are none. `false`: neither, by the deadline.
-    pub async fn wait(&self, reservation: &Reservation, deadline: Instant) -> bool {
+    /// Says that more is wanted, and waits until there may be permits, or it is known that there are none. `false`: neither, by
+    /// the deadline.
+    pub async fn wait(&self, reservation: &Arc<Reservation>, deadline: Instant) -> bool {
+        let is_worth_while = self.decided(reservation, deadline).await;
+        let waited = self.0.wait.saturating_sub(deadline - Instant::now()) + deadline.elapsed();
+        self.0
+            .longest_wait_ns
+            .fetch_max(waited.as_nanos() as u64, Ordering::Relaxed);
+        is_worth_while
+    }
+
+    async fn decided(&self, reservation: &Arc<Reservation>, deadline: Instant) -> bool {
         let part = self.0.part_of(reservation);
         let _waiting = Waiting::begin(reservation);
+        self.want(reservation);
         loop {
             let news = part.news.notified();
             tokio::pin!(news);
@@ -155,6 +170,7 @@ impl Cluster {
         let mut status = Status {
             waited: self.0.waited.load(Ordering::Relaxed),
             waited_in_vain: self.0.waited_in_vain.load(Ordering::Relaxed),
+            longest_wait: Duration::from_nanos(self.0.longest_wait_ns.load(Ordering::Relaxed)),
             is_usable: true,
             ..Status::default()
         };

@@ -1,15 +1,18 @@
 //! This gate's side of the protocol, whole: which windows are asked for and when, what answers mean, what holds while
 //! the store is lost. No I/O and no clock of its own: whoever drives it passes the time and carries batches.
 //!
-//! - One call is under way per window, a bounded number of windows go together, and a bounded number of batches.
+//! - A call is made for a window where none is under way, or where more is waited for than those under way will bring; a
+//!   bounded number of windows go together, and a bounded number of them are under way.
 //! - What is held and lapses unspent is reported once, so that the store has it back. A window that nobody asks for
 //!   is forgotten here; the store forgets it by itself.
 //! - *Slow is not lost.* The store is lost when no call has had a full answer for [`Settings::lost_after`]. While it is,
-//!   [`OnLoss`] holds, one hello at a time looks whether it is back, and nothing else is sent.
+//!   [`OnLoss`] holds, a hello looks now and then whether it is back, and nothing else is sent. Each of these hellos goes
+//!   over a connection of its own, and none waits for the one before it: however long the store was away, and whatever
+//!   became of the connections, the first one sent after its return finds it.
 
 use super::ledger::{Circumstances, Ledger, MS};
 use super::members::{self, Members};
-use super::protocol::{Batch, BatchAnswer, FieldId, OnLoss};
+use super::protocol::{Answer, Batch, BatchAnswer, FieldId, OnLoss};
 use crate::gate::reservation::Reservation;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -33,18 +36,22 @@ pub struct Settings {
     pub longest_window_ms: u64,
 }
 
-/// Hellos under way.
-const HELLOS: usize = 4;
+/// Hellos under way: a slow store hears several at once.
+const HELLOS: usize = 8;
 /// How often while others wait for it, or it waits for others.
 const HELLO_SOON_NS: u64 = 20 * MS;
 /// How often the whole list is heard, though it has not changed: so that silence is noticed.
 const LIST_EVERY_NS: u64 = 5_000 * MS;
 /// See [`members::Settings::silent_ms`]: long enough for a person to restart a store.
 const SILENT_MS: u64 = 10_000;
+/// How often a window that lives on its share looks whether the store is back.
+const SHARE_LOOK_NS: u64 = 200 * MS;
 /// Calls that go together: some hundreds keep the store busy for about 10 ms.
 const BATCH: usize = 256;
-/// Batches under way.
-const BATCHES: usize = 8;
+/// Batches under way: many small ones where windows are few and the store is far.
+const BATCHES: usize = 64;
+/// Calls under way.
+const CALLS: usize = 8 * BATCH;
 
 /// What has been counted.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
@@ -75,6 +82,8 @@ pub struct Coordinator {
     queue: VecDeque<u32>,
     due: BinaryHeap<Reverse<(u64, u32)>>,
     flights: HashMap<u64, Flight>,
+    /// Calls in all flights.
+    under_way: usize,
     next_flight: u64,
     windows_made: u32,
     /// Windows that the current identity has not been told of.
@@ -83,15 +92,24 @@ pub struct Coordinator {
     list_due_ns: u64,
     /// The last exchange failed: look, and send nothing else.
     unreachable: bool,
+    /// When the latest exchange began that had an answer.
+    reached_ns: u64,
     /// The content of the store has no name yet.
     nameless: bool,
     /// The store has heard that the gate leaves.
     said_goodbye: bool,
     round_trip_ns: u64,
+    /// How far round trips are from their mean, in the mean.
+    round_trip_varies_ns: u64,
     /// When grants last counted, by length of window.
     usable_ns: Vec<(u64, u64)>,
     started_ns: u64,
     counts: Counts,
+}
+
+/// How often a gate looks for a store that it cannot reach.
+fn look_every_ns(settings: &Settings) -> u64 {
+    (settings.lost_after.as_nanos() as u64 / 5).clamp(5 * MS, 200 * MS)
 }
 
 /// How often a gate says that it lives: often enough that silence means loss.
@@ -103,7 +121,8 @@ fn hello_every_ns(settings: &Settings) -> u64 {
 struct Flight {
     sent_ns: u64,
     generation: u64,
-    slots: Vec<u32>,
+    /// The windows, and the numbers of their calls.
+    slots: Vec<(u32, u64)>,
     has_hello: bool,
     is_goodbye: bool,
 }
@@ -147,15 +166,18 @@ impl Coordinator {
             queue: VecDeque::new(),
             due: BinaryHeap::new(),
             flights: HashMap::new(),
+            under_way: 0,
             next_flight: 0,
             windows_made: 0,
             untold: 0,
             hello_due_ns: now_ns,
             list_due_ns: now_ns,
             unreachable: false,
+            reached_ns: 0,
             nameless: false,
             said_goodbye: false,
             round_trip_ns: MS,
+            round_trip_varies_ns: MS,
             usable_ns: vec![],
             started_ns: now_ns,
             counts: Counts::default(),
@@ -167,9 +189,9 @@ impl Coordinator {
         self.counts
     }
 
-    /// Windows whose calls are not answered yet.
+    /// Calls that are not answered yet.
     pub fn unacked(&self) -> usize {
-        self.flights.values().map(|flight| flight.slots.len()).sum()
+        self.under_way
     }
 
     /// Windows that are known.
@@ -223,7 +245,7 @@ impl Coordinator {
         }
         ledger.reservation.heard();
         ledger.wanted = true;
-        ledger.crowded |= ledger.pending.is_some();
+        ledger.crowded |= ledger.is_asking();
         ledger.active_ns = now_ns;
         let window_ms = ledger.window_ms;
         if self.is_lost(window_ms, now_ns) {
@@ -249,7 +271,7 @@ impl Coordinator {
             let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
                 continue;
             };
-            if ledger.pending.is_some() {
+            if ledger.is_asking() {
                 continue;
             }
             if ledger.is_over(now_ns, keep_ms) {
@@ -259,17 +281,27 @@ impl Coordinator {
                 self.free.push(slot);
                 continue;
             }
-            let (wanted, reservation) = (ledger.wanted, ledger.reservation.clone());
+            let reservation = ledger.reservation.clone();
+            // What lapsed before those that waited for it got to it is not what they want.
+            let wanted = ledger.wanted || (ledger.has_lapsed(now_ns) && reservation.waiting() > 0);
+            let (holds_share, window_ms) = (ledger.holds_share, ledger.window_ms);
+            let has_lapsed = ledger.has_lapsed(now_ns);
+            let is_to_tell = has_lapsed || ledger.unheard || ledger.generation != self.members.generation();
+            let due_ns = ledger.due_ns(keep_ms).max(now_ns + MS);
             if wanted {
                 self.want(slot, &reservation, now_ns);
-            } else if ledger.has_lapsed(now_ns) || ledger.unheard || ledger.generation != self.members.generation() {
+            } else if holds_share && !has_lapsed && self.is_lost(window_ms, now_ns) {
+                self.watch(slot, now_ns + SHARE_LOOK_NS);
+            } else if holds_share && self.members.grants_count(window_ms, now_ns) {
+                // The store is back: no more out of the share, however long it would last.
+                self.want(slot, &reservation, now_ns);
+            } else if is_to_tell {
                 if self.unreachable {
                     self.watch(slot, now_ns + 5 * HELLO_SOON_NS);
                 } else {
                     self.enqueue(slot);
                 }
             } else {
-                let due_ns = ledger.due_ns(keep_ms).max(now_ns + MS);
                 self.watch(slot, due_ns);
             }
         }
@@ -290,7 +322,13 @@ impl Coordinator {
         let mut batch = Batch::default();
         let look = now_ns >= self.hello_due_ns && self.may_say_hello();
         if look {
-            self.hello_due_ns = now_ns + hello_every_ns(&self.settings);
+            self.hello_due_ns = now_ns
+                + if self.unreachable {
+                    look_every_ns(&self.settings)
+                } else {
+                    hello_every_ns(&self.settings)
+                };
+            batch.anew = self.unreachable;
         }
         if look && (self.members.current().is_some() || self.nameless) {
             let settled = self
@@ -304,11 +342,9 @@ impl Coordinator {
             batch.hello = Some(self.members.hello(now_ns, whole_list));
         }
         let mut slots = vec![];
-        while !self.unreachable
-            && self.members.current().is_some()
-            && self.flights.len() < BATCHES
-            && slots.len() < BATCH
-        {
+        let may_ask = !self.unreachable && self.members.current().is_some() && self.flights.len() < BATCHES;
+        let most = if may_ask { BATCH.min(CALLS - self.under_way) } else { 0 };
+        while slots.len() < most {
             let Some(slot) = self.queue.pop_front() else { break };
             let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
                 continue;
@@ -318,15 +354,17 @@ impl Coordinator {
                 continue;
             };
             ledger.queued = false;
-            if ledger.pending.is_none() {
-                batch.asks.push((ledger.name.clone(), ledger.ask(&circumstances)));
-                slots.push(slot);
+            if ledger.may_ask() {
+                let ask = ledger.ask(&circumstances);
+                slots.push((slot, ask.sequence));
+                batch.asks.push((ledger.name.clone(), ask));
             }
         }
         if !look && slots.is_empty() {
             return None;
         }
         self.counts.asks += slots.len() as u64;
+        self.under_way += slots.len();
         self.next_flight += 1;
         let flight = Flight {
             sent_ns: now_ns,
@@ -344,20 +382,28 @@ impl Coordinator {
         let Some(flight) = self.flights.remove(&number) else {
             return;
         };
+        self.under_way -= flight.slots.len();
         let identity = answer.and_then(BatchAnswer::identity);
         match answer {
             Some(answer) => {
                 self.unreachable = false;
+                self.reached_ns = self.reached_ns.max(flight.sent_ns);
                 let took_ns = now_ns - flight.sent_ns;
+                // As TCP does it (RFC 6298).
+                let off_ns = self.round_trip_ns.abs_diff(took_ns);
+                self.round_trip_varies_ns = (self.round_trip_varies_ns * 3 + off_ns) / 4;
                 self.round_trip_ns = (self.round_trip_ns * 7 + took_ns) / 8;
                 self.nameless = answer.token.is_none();
                 if self.nameless {
                     self.hello_due_ns = now_ns;
                 }
             }
+            // It was lost with a connection, and others have got through since.
+            None if flight.sent_ns < self.reached_ns => {}
+            None if self.unreachable => {}
             None => {
                 self.unreachable = true;
-                self.hello_due_ns = now_ns + HELLO_SOON_NS;
+                self.hello_due_ns = now_ns;
             }
         }
         if let Some(identity) = &identity
@@ -377,13 +423,13 @@ impl Coordinator {
             self.said_goodbye |= flight.is_goodbye;
         }
         let same = is_current && flight.generation == self.members.generation();
-        for (index, slot) in flight.slots.iter().enumerate() {
+        for (index, (slot, sequence)) in flight.slots.iter().enumerate() {
             let answer = if same {
                 answer.and_then(|answer| answer.answers.get(index).copied().flatten())
             } else {
                 None
             };
-            self.take_in(*slot, answer, now_ns);
+            self.take_in(*slot, *sequence, answer, now_ns);
         }
         if self.untold == 0 && self.members.current().is_some() && !self.members.is_refilled() {
             self.members.set_refilled();
@@ -415,13 +461,11 @@ impl Coordinator {
         self.hello_due_ns = now_ns;
     }
 
-    /// While the store cannot be reached, one hello looks for it; else a slow store hears several at once.
     fn may_say_hello(&self) -> bool {
-        let under_way = self.flights.values().filter(|flight| flight.has_hello).count();
-        under_way < if self.unreachable { 1 } else { HELLOS }
+        self.flights.values().filter(|flight| flight.has_hello).count() < HELLOS
     }
 
-    fn take_in(&mut self, slot: u32, answer: Option<super::protocol::Answer>, now_ns: u64) {
+    fn take_in(&mut self, slot: u32, sequence: u64, answer: Option<Answer>, now_ns: u64) {
         let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
             return;
         };
@@ -433,15 +477,11 @@ impl Coordinator {
             return;
         };
         let was_told = ledger.generation == generation;
-        match answer {
-            None => self.counts.lost += 1,
-            Some(super::protocol::Answer::Done(grant)) if circumstances.grants_count => {
-                self.counts.granted += u64::from(grant.permits);
-                self.counts.denied += u64::from(grant.permits == 0 && ledger.wants_now());
-            }
-            Some(_) => {}
-        }
-        let again = ledger.answered(answer, circumstances.grants_count, &circumstances);
+        let heard = ledger.answered(sequence, answer, circumstances.grants_count, &circumstances);
+        self.counts.lost += u64::from(answer.is_none());
+        self.counts.granted += heard.granted;
+        self.counts.denied += u64::from(heard.is_denied);
+        let again = heard.ask_again;
         let is_told = ledger.generation == generation;
         let due_ns = ledger.due_ns(keep_ms);
         if is_told && !was_told {
@@ -465,6 +505,7 @@ impl Coordinator {
             let Some(ledger) = &mut self.ledgers[slot as usize] else {
                 continue;
             };
+            ledger.believe_none();
             if ledger.has_something_to_tell() {
                 self.untold += 1;
                 self.enqueue(slot);
@@ -520,7 +561,7 @@ impl Coordinator {
             let (window_ms, _) = self.usable_ns[index];
             if answered && self.members.grants_count(window_ms, now_ns) {
                 self.usable_ns[index].1 = now_ns;
-            } else if self.members.current().is_some() {
+            } else if self.members.current().is_some() && !self.unreachable {
                 self.hello_due_ns = self.hello_due_ns.min(now_ns + HELLO_SOON_NS);
             }
         }
@@ -533,6 +574,7 @@ impl Coordinator {
             grants_count: self.members.grants_count(window_ms, now_ns),
             gates: self.members.count(window_ms, now_ns).unwrap_or(1),
             round_trip_ns: self.round_trip_ns,
+            answer_within_ns: self.round_trip_ns + 4 * self.round_trip_varies_ns,
             slack_ms: self.members.slack_ms(window_ms, now_ns),
             keep_ms: self.keep_ms(),
         }
@@ -545,7 +587,7 @@ impl Coordinator {
     fn enqueue(&mut self, slot: u32) {
         if let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize)
             && !ledger.queued
-            && ledger.pending.is_none()
+            && ledger.may_ask()
         {
             ledger.queued = true;
             self.queue.push_back(slot);

@@ -81,6 +81,7 @@ struct Field {
     spent: u64,
     label: u64,
     reserved: u32,
+    granted: u64,
 }
 
 impl Hash {
@@ -133,13 +134,24 @@ impl Hash {
         let counted = |counts: &BTreeMap<u64, i64>| counts.range(past + 1..).map(|(_, count)| count).sum::<i64>();
         let live = counted(&self.counts) + counted(&change);
 
-        let (mut label, mut permits) = (ask.held_until, 0);
-        if ask.reserved == 0 || ask.held_until >= epoch {
-            label = label.max(epoch_at(now + ask.hold_ms));
-            let free = i64::from(ask.limit) - live - i64::from(ask.reserved);
-            permits = i64::from(ask.want).min(free).max(0) as u32;
+        let unheard = match known {
+            Some(known) if !ask.afresh => known.granted.saturating_sub(ask.granted) as u32,
+            _ => 0,
+        };
+        let want = ask.want.saturating_sub(unheard);
+        let (mut reserved, mut label, mut permits) = (ask.reserved + unheard, ask.held_until, 0);
+        if let Some(known) = known
+            && reserved > 0
+        {
+            label = label.max(known.label);
         }
-        let reserved = ask.reserved + permits;
+        if reserved == 0 || label >= epoch {
+            label = label.max(epoch_at(now + ask.hold_ms));
+            let free = i64::from(ask.limit) - live - i64::from(reserved);
+            permits = i64::from(want).min(free).max(0) as u32;
+        }
+        reserved += permits;
+        let granted = ask.granted + u64::from(unheard) + u64::from(permits);
         if label > gone {
             *change.entry(label).or_default() += i64::from(reserved);
         }
@@ -163,6 +175,7 @@ impl Hash {
             spent: ask.spent,
             label,
             reserved,
+            granted,
         };
         self.fields.insert(ask.id, field);
         let newest = self
@@ -171,7 +184,7 @@ impl Hash {
             .map_or(label, |(epoch, _)| label.max(*epoch));
         self.expires_ms = now_ms + ((newest + buckets + 2) * window).div_ceil(buckets) - now + ask.keep_ms;
         Answer::Done(Grant {
-            permits,
+            granted,
             label,
             valid_ms: ((label + 1) * window / buckets) as i64 - now as i64 - 1,
             total: live + if label > past { i64::from(reserved) } else { 0 },

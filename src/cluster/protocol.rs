@@ -12,15 +12,22 @@
 //! - *Stamps.* What the gate reports as spent moves from the label to the sub-bucket of the report, or stays where
 //!   that is earlier. Either is no earlier than when it was spent.
 //! - *Sequence.* A gate's field is replaced by calls of a higher number only, and each call says all that the gate has
-//!   ever spent, so a call that is lost, repeated, late or overtaken changes nothing. The gate believes
-//!   only the answer to its latest call.
+//!   ever spent, so a call that is lost, repeated, late or overtaken changes nothing.
+//! - *Several calls at once.* A request that finds nothing reserved waits for a call of its own, not for the one before it to
+//!   come back first. So grants are told as a sum: the answer says all that was ever granted, the next call how much
+//!   of that the gate had heard of. The rest it may still hear of, so it stays reserved; and it goes towards what the
+//!   call wants, so each call wants all that is wanted, whichever of them arrives. The label of what is held never
+//!   moves back, as the gate may have been told the later one.
 //!
 //! # Why never more than L
 //! Take any interval of length W and the last grant that a permit in it was spent from, made at T. Every
 //! other permit of the interval was granted before T and spent after T − W, so it lies in a sub-bucket that ends
 //! after T − W: it is still counted at T. The script at T grants at most L less all that is counted.
+//! What a gate has given up is counted no more, and it is never spent: the gate took it out of its hands before it said so,
+//! or has heard of it and left it, and believes no answer that tells of it again, as the sum is one it knows.
 //!
 //! # A store that forgets
+//! What was granted in between, and not heard of, is never handed on: the first calls under an identity give it up.
 //! Its [`Identity`], read after the calls on the same connection, is the running server's id and a token that is lost with
 //! the data. Grants under an identity count for a gate once every gate that could hold permits has told
 //! its whole history under it (`members.rs`).
@@ -29,9 +36,15 @@ use std::fmt;
 use std::sync::Arc;
 
 /// How finely the store counts: sub-buckets to a window. Twice as fine for short windows as the gate's own 60, because
-/// there a round trip is a good part of a sub-bucket.
+/// there a round trip is a good part of a sub-bucket, and what is kept for a minute takes little room.
 pub fn buckets(window_ms: u64) -> u64 {
-    if window_ms < 4_000 { 120 } else { 60 }
+    if window_ms < 4_000 {
+        240
+    } else if window_ms < 60_000 {
+        120
+    } else {
+        60
+    }
 }
 
 /// One window's life in one process: the process's random number, and a count of its windows.
@@ -64,11 +77,15 @@ pub struct Ask {
     pub spent: u64,
     /// What is held and may yet be spent.
     pub reserved: u32,
+    /// How much the gate has heard to have been granted to this id, ever. What it holds of more than that it does not know yet.
+    pub granted: u64,
+    /// The gate believes no answer to an earlier call: what it has not heard of is given up.
+    pub afresh: bool,
     /// The latest sub-bucket in which what is held, or was, may be spent; 0 before the first grant.
     pub held_until: u64,
     /// The latest sub-bucket in which what was spent since the last answer can have been; 0: it may have been any.
     pub spent_until: u64,
-    /// How many more.
+    /// How many more than `reserved`.
     pub want: u32,
     /// How long they will be needed for, in milliseconds.
     pub hold_ms: u64,
@@ -110,8 +127,8 @@ pub enum Answer {
 /// A call that was taken in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Grant {
-    /// How many more permits, 0 to what was wanted.
-    pub permits: u32,
+    /// All that was ever granted to this id.
+    pub granted: u64,
     /// The sub-bucket that all which is now held counts in. Where the call came after what was held had lapsed, that is
     /// the old one, and nothing was granted.
     pub label: u64,
@@ -200,6 +217,8 @@ pub struct Entry {
 /// Several calls that go together, and the check of who answered.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Batch {
+    /// The connection there is may hang: to be sent over a new one.
+    pub anew: bool,
     /// Sent first.
     pub hello: Option<Hello>,
     /// The windows' names and calls.

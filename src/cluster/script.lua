@@ -7,7 +7,8 @@
 --   m        "first newest sum last swept": the oldest and the newest sub-bucket with a count, the sum of all of
 --            them, the latest time seen (ms), the sub-bucket in which fields of gates were last swept
 --   NUMBER   permits counted in that sub-bucket, by all gates
---   gID      "seq spent label reserved": a gate's last call, all it has ever spent, and what it holds until when
+--   gID      "seq spent label reserved granted": a gate's last call, all it has ever spent, what it holds until when, and
+--            all it was ever granted
 local key, id = KEYS[1], 'g' .. ARGV[1]
 local seq, limit = tonumber(ARGV[2]), tonumber(ARGV[3])
 local window, buckets = tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -15,14 +16,16 @@ local spent, reserved = tonumber(ARGV[6]), tonumber(ARGV[7])
 local held_until, spent_until = tonumber(ARGV[8]), tonumber(ARGV[9])
 local want, hold = tonumber(ARGV[10]), tonumber(ARGV[11])
 local slack, keep, now, history = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14]), ARGV[15]
+local granted, afresh = tonumber(ARGV[16]), ARGV[17] == '1'
 
 local function epoch_at(ms) return math.floor(ms * buckets / window) end
 local function text(n) return string.format('%.0f', n) end
 
 local read = redis.call('HMGET', key, 'm', id)
-local known_seq, known_spent, known_label, known_reserved
+local known_seq, known_spent, known_label, known_reserved, known_granted
 if read[2] then
-  known_seq, known_spent, known_label, known_reserved = string.match(read[2], '(%d+) (%d+) (%d+) (%d+)')
+  known_seq, known_spent, known_label, known_reserved, known_granted =
+    string.match(read[2], '(%d+) (%d+) (%d+) (%d+) (%d+)')
   -- A call that was overtaken by a later one, or comes a second time, changes nothing.
   if tonumber(known_seq) >= seq then return {1} end
 elseif history == '-' then
@@ -98,14 +101,25 @@ local stamp = epoch
 if spent_until > 0 and spent_until < stamp then stamp = spent_until end
 add(stamp, fresh)
 
+-- What earlier calls granted and the gate had not heard of when it sent this one, it may hold too, and it is what it wants;
+-- unless it will not believe the answers to those.
+local held = reserved
+if read[2] then
+  local unheard = afresh and 0 or math.max(0, tonumber(known_granted) - granted)
+  held, granted, want = held + unheard, granted + unheard, math.max(0, want - unheard)
+  -- It may have been told the later label.
+  if held > 0 then held_until = math.max(held_until, tonumber(known_label)) end
+end
+
 local label, grant = held_until, 0
-if reserved == 0 or held_until >= epoch then
+if held == 0 or held_until >= epoch then
   label = math.max(held_until, epoch_at(now + hold))
-  grant = math.max(0, math.min(want, limit - live - reserved))
+  grant = math.max(0, math.min(want, limit - live - held))
 end
 -- Otherwise the call came so late that what was held lapsed on the way. It may have been spent until then, so it stays
 -- where it is, and the gate asks again.
-add(label, reserved + grant)
+held, granted = held + grant, granted + grant
+add(label, held)
 
 for e, n in pairs(change) do
   if n ~= 0 then
@@ -135,7 +149,7 @@ if epoch - swept > 2 * buckets then
   swept = epoch
   local all = redis.call('HGETALL', key)
   for i = 1, #all, 2 do
-    local old = string.match(all[i + 1], '^%d+ %d+ (%d+) %d+$')
+    local old = string.match(all[i + 1], '^%d+ %d+ (%d+) %d+ %d+$')
     if string.sub(all[i], 1, 1) == 'g' and all[i] ~= id and old and tonumber(old) <= gone then
       redis.call('HDEL', key, all[i])
     end
@@ -144,6 +158,6 @@ end
 
 redis.call('HSET', key,
   'm', string.format('%.0f %.0f %.0f %.0f %.0f', first, newest, sum, now, swept),
-  id, string.format('%.0f %.0f %.0f %.0f', seq, spent, label, reserved + grant))
+  id, string.format('%.0f %.0f %.0f %.0f %.0f', seq, spent, label, held, granted))
 redis.call('PEXPIRE', key, text(math.ceil((math.max(newest, label) + buckets + 2) * window / buckets) - now + keep))
-return {0, grant, label, math.floor((label + 1) * window / buckets) - now - 1, live, leaves, stamp}
+return {0, granted, label, math.floor((label + 1) * window / buckets) - now - 1, live, leaves, stamp}

@@ -17,8 +17,9 @@ use redis::{
     AsyncConnectionConfig, Cmd, IntoConnectionInfo, Pipeline, RedisError, RedisResult, Script, TlsMode, Value,
 };
 use std::fmt;
-use std::time::Duration;
-use tokio::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 const WINDOW: &str = include_str!("script.lua");
 const GATES: &str = include_str!("gates.lua");
@@ -26,6 +27,9 @@ const IDENTITY: &str = include_str!("identity.lua");
 
 /// Of a Cluster: as many as half a dozen masters share evenly enough. Each costs every gate a hello now and then.
 const CLUSTER_PARTITIONS: u16 = 16;
+
+/// How often the link to a Cluster is made anew while a part of it cannot be reached.
+const CLUSTER_RENEWAL: Duration = Duration::from_millis(250);
 
 /// Where the store is.
 #[derive(Clone, PartialEq, Eq)]
@@ -62,17 +66,39 @@ pub struct Valkey {
     partitions: u16,
     scripts: [Script; 3],
     link: Mutex<Option<Link>>,
+    /// Links made so far.
+    links: AtomicU64,
 }
 
 #[allow(clippy::large_enum_variant, reason = "a process has one of them")]
 enum Source {
     Server(redis::Client),
-    Sentinel(Mutex<SentinelClient>),
+    /// A client for each connection: it is not shared while it looks for the master, which may take long.
+    Sentinel {
+        urls: Vec<String>,
+        master: String,
+    },
     Cluster(ClusterClient),
 }
 
+/// What is talked over, and which of those that were made it is.
 #[derive(Clone)]
-enum Link {
+struct Link {
+    number: u64,
+    made: Instant,
+    wire: Wire,
+}
+
+impl Link {
+    /// To a Cluster there is one for all partitions, and it is dear to make. It mends itself, but may take seconds to learn that
+    /// a replica has taken over.
+    fn is_new(&self) -> bool {
+        matches!(self.wire, Wire::Many(_)) && self.made.elapsed() < CLUSTER_RENEWAL
+    }
+}
+
+#[derive(Clone)]
+enum Wire {
     One(MultiplexedConnection),
     Many(ClusterConnection),
 }
@@ -94,7 +120,13 @@ impl Valkey {
         let unfit = |error: RedisError| StoreError::Unfit(format!("its URL: {error}"));
         let source = match place {
             Place::Server(url) => Source::Server(redis::Client::open(url.as_str()).map_err(unfit)?),
-            Place::Sentinel { urls, master } => Source::Sentinel(Mutex::new(sentinel(urls, master).map_err(unfit)?)),
+            Place::Sentinel { urls, master } => {
+                sentinel(urls, master).map_err(unfit)?;
+                Source::Sentinel {
+                    urls: urls.clone(),
+                    master: master.clone(),
+                }
+            }
             Place::Cluster(urls) => {
                 let builder = ClusterClient::builder(urls.iter().map(String::as_str));
                 let builder = builder.connection_timeout(timeout).response_timeout(timeout).retries(1);
@@ -112,32 +144,56 @@ impl Valkey {
             timeout,
             scripts: [WINDOW, GATES, IDENTITY].map(Script::new),
             link: Mutex::new(None),
+            links: AtomicU64::new(0),
         })
     }
 
-    async fn link(&self) -> RedisResult<Link> {
-        let mut link = self.link.lock().await;
-        if let Some(link) = &*link {
-            return Ok(link.clone());
+    /// The link there is, or another. What is made anew takes the place of the one there is.
+    async fn link(&self, anew: bool) -> RedisResult<Link> {
+        let link = self.lock().clone();
+        match link {
+            Some(link) if !anew || link.is_new() => Ok(link),
+            _ => {
+                let link = self.connect().await?;
+                *self.lock() = Some(link.clone());
+                Ok(link)
+            }
         }
+    }
+
+    async fn connect(&self) -> RedisResult<Link> {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.timeout))
             .set_response_timeout(Some(self.timeout));
-        let made = match &self.source {
-            Source::Server(client) => Link::One(client.get_multiplexed_async_connection_with_config(&config).await?),
-            Source::Sentinel(client) => Link::One(client.lock().await.get_async_connection_with_config(&config).await?),
-            Source::Cluster(client) => Link::Many(client.get_async_connection().await?),
+        let wire = match &self.source {
+            Source::Server(client) => Wire::One(client.get_multiplexed_async_connection_with_config(&config).await?),
+            Source::Sentinel { urls, master } => {
+                let mut client = sentinel(urls, master)?;
+                Wire::One(client.get_async_connection_with_config(&config).await?)
+            }
+            Source::Cluster(client) => Wire::Many(client.get_async_connection().await?),
         };
-        *link = Some(made.clone());
-        Ok(made)
+        let number = self.links.fetch_add(1, Ordering::Relaxed);
+        let made = Instant::now();
+        Ok(Link { number, made, wire })
     }
 
-    /// After an error nothing is known of a connection: the next exchange makes another. A Cluster's mends itself.
-    async fn drop_link(&self) {
-        let mut link = self.link.lock().await;
-        if matches!(&*link, Some(Link::One(_))) {
+    /// After an error nothing is known of a connection: the next exchange makes another. A Cluster's has others that work.
+    fn drop_link(&self, number: u64) {
+        let mut link = self.lock();
+        if let Some(Link {
+            number: there,
+            wire: Wire::One(_),
+            ..
+        }) = &*link
+            && *there == number
+        {
             *link = None;
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Link>> {
+        self.link.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn pipeline(&self, partition: u16, batch: &Batch, whole_text: bool) -> Pipeline {
@@ -173,19 +229,25 @@ impl Valkey {
         call
     }
 
-    async fn send(&self, pipeline: &Pipeline) -> Result<Vec<RedisResult<Value>>, StoreError> {
+    /// Sends it, within the time that is left. What came back, and over which link.
+    async fn send(&self, pipeline: &Pipeline, anew: bool) -> Result<(Vec<RedisResult<Value>>, u64), StoreError> {
+        let mut number = None;
         let sent = async {
-            match self.link().await? {
-                Link::One(mut link) => pipeline.query_async::<Vec<RedisResult<Value>>>(&mut link).await,
-                Link::Many(mut link) => pipeline.query_async::<Vec<RedisResult<Value>>>(&mut link).await,
+            let link = self.link(anew).await?;
+            number = Some(link.number);
+            match link.wire {
+                Wire::One(mut link) => pipeline.query_async::<Vec<RedisResult<Value>>>(&mut link).await,
+                Wire::Many(mut link) => pipeline.query_async::<Vec<RedisResult<Value>>>(&mut link).await,
             }
         };
-        let failed = match tokio::time::timeout(self.timeout, sent).await {
-            Ok(Ok(values)) => return Ok(values),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {:?}", self.timeout),
+        let sent = tokio::time::timeout(self.timeout, sent).await;
+        let failed = match (sent, number) {
+            (Ok(Ok(values)), Some(number)) => return Ok((values, number)),
+            (Ok(Ok(_)), None) => unreachable!("what was sent was sent over a link"),
+            (Ok(Err(error)), _) => error.to_string(),
+            (Err(_), _) => format!("no answer within {:?}", self.timeout),
         };
-        self.drop_link().await;
+        number.into_iter().for_each(|number| self.drop_link(number));
         Err(StoreError::Unreachable(failed))
     }
 }
@@ -201,15 +263,15 @@ impl Store for Valkey {
     }
 
     async fn exchange(&self, partition: u16, batch: &Batch) -> Result<BatchAnswer, StoreError> {
-        let mut values = self.send(&self.pipeline(partition, batch, false)).await?;
+        let (mut values, mut link) = self.send(&self.pipeline(partition, batch, false), batch.anew).await?;
         let unknown = |value: &RedisResult<Value>| matches!(value, Err(error) if error.code() == Some("NOSCRIPT"));
         if values.iter().any(unknown) {
-            values = self.send(&self.pipeline(partition, batch, true)).await?;
+            (values, link) = self.send(&self.pipeline(partition, batch, true), false).await?;
         }
         let read = read_answers(batch, values);
         if read.is_err() {
             // A replica that was a master answers READONLY, one that is still loading LOADING: another may serve.
-            self.drop_link().await;
+            self.drop_link(link);
         }
         read
     }
@@ -217,9 +279,9 @@ impl Store for Valkey {
     async fn check(&self) -> Result<Vec<String>, StoreError> {
         let mut warnings = vec![];
         let unreachable = |error: RedisError| StoreError::Unreachable(error.to_string());
-        let connect = tokio::time::timeout(self.timeout, self.link()).await;
+        let connect = tokio::time::timeout(self.timeout, self.link(false)).await;
         let link = connect.map_err(|_| StoreError::Unreachable("no connection in time".to_owned()))?;
-        let Link::One(mut link) = link.map_err(unreachable)? else {
+        let Wire::One(mut link) = link.map_err(unreachable)?.wire else {
             warnings.push(
                 "whether the nodes of the Cluster evict keys is not checked: each needs maxmemory-policy noeviction"
                     .to_owned(),
@@ -262,7 +324,7 @@ impl Store for Valkey {
             .lines()
             .find_map(|line| line.strip_prefix("connected_slaves:"));
         let has_replicas =
-            replicas.is_some_and(|count| count.trim() != "0") || matches!(self.source, Source::Sentinel(_));
+            replicas.is_some_and(|count| count.trim() != "0") || matches!(self.source, Source::Sentinel { .. });
         if has_replicas && setting("min-replicas-to-write") == "0" {
             warnings.push(
                 "min-replicas-to-write is 0: a master that is cut off from its replicas goes on granting; set it to 1 or more".to_owned(),
@@ -292,6 +354,7 @@ fn ask_arguments(call: &mut Cmd, ask: &Ask, now_ms: u64) {
         Some(history) => call.arg(history.to_string()),
         None => call.arg("-"),
     };
+    call.arg(ask.granted).arg(u8::from(ask.afresh));
 }
 
 /// The arguments of `gates.lua`.
@@ -344,8 +407,8 @@ fn read_answer(value: &Value) -> Result<Answer, StoreError> {
         _ => None,
     };
     match numbers.as_deref() {
-        Some([0, permits, label, valid_ms, total, leaves_ms, stamp]) => Ok(Answer::Done(Grant {
-            permits: u32::try_from(*permits).map_err(|_| garbled(value))?,
+        Some([0, granted, label, valid_ms, total, leaves_ms, stamp]) => Ok(Answer::Done(Grant {
+            granted: *granted as u64,
             label: *label as u64,
             valid_ms: *valid_ms,
             total: *total,

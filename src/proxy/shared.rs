@@ -20,8 +20,8 @@ pub trait SharedLimits: fmt::Debug + Send + Sync {
     /// Until when a request that finds none may wait.
     fn deadline(&self) -> Instant;
 
-    /// Waits until it is worth while to ask the gate again. `false`: it is not, by the deadline.
-    async fn wait(&self, reservation: &Reservation, deadline: Instant) -> bool;
+    /// More is wanted: waits until it is worth while to ask the gate again. `false`: it is not, by the deadline.
+    async fn wait(&self, reservation: &Arc<Reservation>, deadline: Instant) -> bool;
 
     /// A request has waited, and was refused all the same or not.
     fn waited(&self, in_vain: bool);
@@ -55,12 +55,12 @@ pub(super) async fn check(
             }
             return decided;
         };
-        if wanted.tell {
-            limits.want(&wanted.reservation);
-        }
         let until = *deadline.get_or_insert_with(|| limits.deadline());
-        let reservation = wanted.reservation.clone();
-        if Instant::now() >= until || !limits.wait(&reservation, until).await {
+        let (reservation, may_wait) = (wanted.reservation.clone(), Instant::now() < until);
+        if wanted.tell && !may_wait {
+            limits.want(&reservation);
+        }
+        if !may_wait || !limits.wait(&reservation, until).await {
             limits.waited(true);
             return decided.inspect_err(|refusal| gate.count_refusal(refusal, now));
         }

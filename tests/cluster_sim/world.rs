@@ -215,7 +215,7 @@ impl World<'_> {
         let plan = self.plan;
         let per_ns = plan.load * f64::from(plan.limit) / f64::from(plan.cost) / (plan.window_ms * MS) as f64;
         let (mut at, mut all) = (plan.from_ms as f64 * MS as f64, vec![]);
-        while at < (plan.to_ms * MS) as f64 && all.len() < 20_000 {
+        while at < (plan.to_ms * MS) as f64 && all.len() < 100_000 {
             let unit = (self.random.next() >> 11) as f64 / (1u64 << 53) as f64;
             at += -(1.0 - unit).ln() / per_ns;
             if at >= (plan.to_ms * MS) as f64 {
@@ -227,11 +227,7 @@ impl World<'_> {
                 Spread::One => plan.gates - 1,
                 Spread::Rotating => (at / third) as usize % plan.gates,
             };
-            let burst = if self.random.chance(2) {
-                if plan.calm { 3 } else { 10 }
-            } else {
-                1
-            };
+            let burst = if self.random.chance(2) { 10 } else { 1 };
             all.extend((0..burst).map(|_| (at as u64, gate)));
         }
         all
@@ -493,6 +489,9 @@ impl World<'_> {
                 gate.waiting.push_back((deadline, cost));
             }
         }
+        if !admitted {
+            self.say(|| format!("gate {which} has no permit: {spent:?}, {deadline:?}"));
+        }
         if ask {
             self.want(which, local);
         }
@@ -536,6 +535,7 @@ impl World<'_> {
             let local = local(now, gate.offset_ns, gate.rate_ppm);
             gate.reservation.waited(cost);
             if now > deadline {
+                self.say(|| format!("gate {which} refuses: waited in vain"));
                 continue;
             }
             if gate.reservation.is_decided(local) || plan.cost > 1 {

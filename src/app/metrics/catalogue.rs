@@ -71,6 +71,7 @@ pub const GROUPS: &[Group] = &[
             &CLUSTER_IDENTITIES,
             &CLUSTER_WAITED,
             &CLUSTER_WAITED_IN_VAIN,
+            &CLUSTER_LONGEST_WAIT,
         ],
     ),
     ("Control plane", &[&CONTROL_REVISION, &CONTROL_GATE_REVISION]),
@@ -310,7 +311,7 @@ pub static CLUSTER_WINDOWS: Description = Description::gauge(
 pub static CLUSTER_UNACKED: Description = Description::gauge(
     "tollgate_cluster_unacked",
     &[],
-    "Windows whose calls the store has not answered yet.",
+    "Calls that the store has not answered yet.",
 );
 pub static CLUSTER_CALLS: Description = Description::counter(
     "tollgate_cluster_calls_total",
@@ -348,6 +349,11 @@ pub static CLUSTER_WAITED_IN_VAIN: Description = Description::counter(
     "tollgate_cluster_waited_in_vain_total",
     &[],
     "Requests that waited and were refused.",
+);
+pub static CLUSTER_LONGEST_WAIT: Description = Description::gauge(
+    "tollgate_cluster_longest_wait_seconds",
+    &[],
+    "The longest that a request has waited for permits since the gate began.",
 );
 
 /// The reference page.

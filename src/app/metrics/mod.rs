@@ -121,7 +121,7 @@ fn requests(metrics: &mut Metrics, role: &GateRole) {
 }
 
 fn shared(metrics: &mut Metrics, cluster: &Cluster) {
-    let readings: [Reading<Status>; 12] = [
+    let readings: [Reading<Status>; 13] = [
         (&CLUSTER_USABLE, |status| f64::from(u8::from(status.is_usable))),
         (&CLUSTER_GATES, |status| f64::from(status.gates)),
         (&CLUSTER_WINDOWS, |status| status.windows as f64),
@@ -134,6 +134,7 @@ fn shared(metrics: &mut Metrics, cluster: &Cluster) {
         (&CLUSTER_IDENTITIES, |status| status.counts.identities as f64),
         (&CLUSTER_WAITED, |status| status.waited as f64),
         (&CLUSTER_WAITED_IN_VAIN, |status| status.waited_in_vain as f64),
+        (&CLUSTER_LONGEST_WAIT, |status| status.longest_wait.as_secs_f64()),
     ];
     for (what, read) in readings {
         let cluster = cluster.clone();
