@@ -127,6 +127,8 @@ pub struct Gate {
     admin: String,
     dir: PathBuf,
     config: PathBuf,
+    /// What an upgrade has started, by its number.
+    successor: Option<u64>,
 }
 
 /// What gates are told.
@@ -203,6 +205,10 @@ impl Setup {
 impl Drop for Gate {
     /// A request whose task panicked gets no answer; from outside that looks like a fault of the network.
     fn drop(&mut self) {
+        if let Some(successor) = self.successor {
+            // It may have ended by itself.
+            let _ = Command::new("kill").args(["-KILL", &successor.to_string()]).output();
+        }
         for name in ["stdout", "stderr"] {
             let said = fs::read_to_string(self.dir.join(name)).unwrap_or_default();
             if let Some(at) = said.find("panicked") {
@@ -253,7 +259,25 @@ impl Gate {
             process: Process(process),
             dir,
             config,
+            successor: None,
         }
+    }
+
+    /// `tollgate upgrade`: another process takes over, and this one ends.
+    pub fn upgrade(&mut self) {
+        let output = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+            .args(["upgrade", "--wait", "60s", "--json", "--admin", &self.admin])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}{why}");
+        let answer: serde_json::Value = serde_json::from_str(&said).unwrap();
+        let successor = [&answer["successor"], &answer["data"]["successor"]];
+        self.successor = successor.into_iter().find_map(serde_json::Value::as_u64);
+        assert!(self.successor.is_some(), "{said}");
+        let admin = fs::read_to_string(self.dir.join("state/run/admin.addr")).unwrap();
+        self.admin = format!("http://{}", admin.trim());
     }
 
     /// Killed at once and started again.

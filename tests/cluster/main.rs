@@ -2,7 +2,11 @@
 //!
 //! `TOLLGATE_RESULTS=1` writes the tables to `benches/results/cluster.md`.
 
+mod cost;
 mod harness;
+mod healing;
+mod sharded;
+mod upgrade;
 
 use harness::{Asked, Gate, PATIENCE, Redis, Setup, Wire, client, free_port, most_in_a_window, offer, until};
 use std::fmt::Write as _;
@@ -103,8 +107,8 @@ fn statuses(asked: &[Asked]) -> std::collections::BTreeMap<u16, usize> {
 const LIMIT: u32 = 60;
 const WINDOW: Duration = Duration::from_secs(2);
 const WAIT: Duration = Duration::from_millis(20);
-/// What a busy machine may add to a wait, beside what the requests themselves were late by.
-const SCHEDULING: Duration = Duration::from_millis(800);
+/// What a busy machine may add to a gate's timer.
+const SCHEDULING: Duration = Duration::from_millis(250);
 
 /// Two gates under load while `disorder` befalls the store; all of it is checked against the limit.
 async fn through(what: &str, setup: &Setup, gates: &[Gate], disorder: impl AsyncFnOnce()) {
@@ -125,11 +129,12 @@ async fn through(what: &str, setup: &Setup, gates: &[Gate], disorder: impl Async
         "{what}: {:?}, most in a window {most} of {LIMIT}, usable after {usable:?}, granted again after {granted:?}",
         statuses(&asked)
     );
-    answered_by_policy(what, &asked);
+    answered_by_policy(what, gates, &asked).await;
     assert!(most <= LIMIT as usize, "{what}: {most} in a window");
     assert!(passed > LIMIT as usize / 2, "{what}: {passed} passed");
+    // The window may be full of what was given before; `healing.rs` looks at how soon grants go on where it is not.
     assert!(
-        granted <= WINDOW + SCHEDULING,
+        granted <= WINDOW + Duration::from_secs(1),
         "{what}: granted again after {granted:?}"
     );
 }
@@ -159,20 +164,23 @@ async fn heals(client: &reqwest::Client, gates: &[Gate]) -> (Duration, Duration)
     (usable, back.elapsed())
 }
 
-/// Every request was answered, as the policy says, and none waited longer than it may.
-fn answered_by_policy(what: &str, asked: &[Asked]) {
+/// Every request was answered, as the policy says, and none waited for permits longer than it may, by the gates' own
+/// clocks. What the client sees is longer: it shares two cores with all of this.
+async fn answered_by_policy(what: &str, gates: &[Gate], asked: &[Asked]) {
+    let mut waited = Duration::ZERO;
+    for gate in gates {
+        let longest = gate.metric(&client(), "cluster_longest_wait_seconds").await;
+        waited = waited.max(Duration::from_secs_f64(longest));
+    }
     let late = asked.iter().map(|asked| asked.late).max().unwrap();
     let longest = asked.iter().map(|asked| asked.answered - asked.sent).max().unwrap();
-    println!("{what}: longest answer {longest:?}, latest request {late:?}");
+    println!("{what}: longest wait {waited:?}; longest answer {longest:?}, latest request {late:?}");
     assert!(
         asked.iter().all(|asked| matches!(asked.status, 200 | 429)),
         "{what}: {:?}",
         statuses(asked)
     );
-    assert!(
-        longest <= WAIT + SCHEDULING + 2 * late,
-        "{what}: a request waited for {longest:?}"
-    );
+    assert!(waited <= WAIT + SCHEDULING, "{what}: a request waited for {waited:?}");
 }
 
 async fn two_gates(setup: &Setup, redis: &Redis) -> (Vec<Gate>, Vec<Wire>) {
@@ -293,7 +301,7 @@ async fn cut_off(on_loss: &'static str) -> (Vec<Asked>, Instant, Instant) {
     let (usable, granted) = heals(&client, &gates).await;
     println!("{on_loss}: usable after {usable:?}, granted again after {granted:?}");
     let asked = offered.await.unwrap();
-    answered_by_policy(on_loss, &asked);
+    answered_by_policy(on_loss, &gates, &asked).await;
     (asked, lost, back)
 }
 
