@@ -247,9 +247,9 @@ async fn what_active_keys_cost_the_store() {
     if is_full && std::env::var_os("TOLLGATE_RESULTS").is_some() {
         let text = format!(
             "# What active keys cost the store, through gates\n\nWritten by `TOLLGATE_PROOF=full TOLLGATE_RESULTS=1 cargo nextest run --profile proof --test cluster what_active_keys`. \
-             {GATES} gates in one process make real decisions over one Redis 7.0 without persistence, on 2 shared cores that other work kept busy (2026-11-26): CPU is \
+             {GATES} gates in one process make real decisions over one Redis 7.0 without persistence, on 2 shared cores (2026-11-26): CPU is \
              the server's own (`INFO cpu`), bytes are `total_net_*`, and hellos, the check of who answers and what is given back are in them. A limit of 100 in {} s; \
-             all keys come round once in 10 s, or as fast as the machine lets them (seconds).\n\n{table}",
+             all keys come round once in 10 s, or as fast as the machine lets them (seconds). Memory is at the end, when keys of an early round may have expired.\n\n{table}",
             WINDOW_MS / 1000
         );
         std::fs::write(
