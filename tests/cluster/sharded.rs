@@ -68,7 +68,7 @@ impl Nodes {
     }
 }
 
-/// Four gates, offered ten times the limit, evenly and on one, through a Cluster.
+/// Three gates, offered ten times the limit, evenly and on one, through a Cluster.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gates_share_their_counts_through_a_cluster() {
     let client = client();
