@@ -129,7 +129,7 @@ impl Cluster {
             if reservation.is_decided(self.0.clock.now().elapsed_ns) {
                 return true;
             }
-            if timeout_at(deadline, news).await.is_err() {
+            if timeout_at(deadline - LESS_THAN_A_TICK, news).await.is_err() {
                 return false;
             }
         }
@@ -186,6 +186,9 @@ impl Cluster {
     }
 }
 
+/// The runtime's timers go by whole milliseconds and round up: asked for so much less, they round down, and nobody waits for
+/// longer than they may.
+const LESS_THAN_A_TICK: Duration = Duration::from_nanos(999_999);
 /// How long leaving may take.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(2);
 /// How often a store's settings are looked at again.
@@ -202,8 +205,9 @@ impl Inner {
         let part = &self.parts[index];
         let mut under_way = FuturesUnordered::new();
         loop {
-            let due = {
+            let (due, is_due) = {
                 let (mut coordinator, now_ns) = part.lock(&self.clock);
+                let is_due = coordinator.next_due_ns() <= now_ns;
                 coordinator.tick(now_ns);
                 while let Some((number, batch)) = coordinator.next_batch(now_ns) {
                     under_way.push(self.exchange(index as u16, number, batch));
@@ -211,8 +215,13 @@ impl Inner {
                 if coordinator.has_left() && under_way.is_empty() {
                     return;
                 }
-                Duration::from_nanos(coordinator.next_due_ns().saturating_sub(now_ns)).min(Duration::from_secs(3600))
+                let due_ns = coordinator.next_due_ns().saturating_sub(now_ns);
+                (Duration::from_nanos(due_ns).min(Duration::from_secs(3600)), is_due)
             };
+            if is_due {
+                // Something may have been decided about those that wait: that the store is lost, for one.
+                part.news.notify_waiters();
+            }
             tokio::select! {
                 Some((number, answer)) = under_way.next() => {
                     let (mut coordinator, now_ns) = part.lock(&self.clock);
@@ -221,7 +230,7 @@ impl Inner {
                     part.news.notify_waiters();
                 }
                 () = part.work.notified() => {}
-                () = tokio::time::sleep(due) => part.news.notify_waiters(),
+                () = tokio::time::sleep(due) => {}
             }
         }
     }

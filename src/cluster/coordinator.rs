@@ -48,6 +48,8 @@ const SILENT_MS: u64 = 10_000;
 const SHARE_LOOK_NS: u64 = 200 * MS;
 /// Calls that go together: some hundreds keep the store busy for about 10 ms.
 const BATCH: usize = 256;
+/// Windows looked at in one go: some 400 µs, for which requests cannot say what they want.
+const DUE_AT_ONCE: usize = 1_024;
 /// Batches under way: many small ones where windows are few and the store is far.
 const BATCHES: usize = 64;
 /// Calls under way.
@@ -260,10 +262,13 @@ impl Coordinator {
         true
     }
 
-    /// What is to be done at this time though nothing came in.
+    /// What is to be done at this time though nothing came in. Where that is much, a part of it; the rest is due still.
     pub fn tick(&mut self, now_ns: u64) {
         let keep_ms = self.keep_ms();
-        while let Some(Reverse((due_ns, slot))) = self.due.peek().copied() {
+        for _ in 0..DUE_AT_ONCE {
+            let Some(Reverse((due_ns, slot))) = self.due.peek().copied() else {
+                break;
+            };
             if due_ns > now_ns {
                 break;
             }

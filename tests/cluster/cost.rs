@@ -2,11 +2,8 @@
 //!
 //! Run in full by `TOLLGATE_PROOF=full`, which takes minutes; `TOLLGATE_RESULTS=1` then writes `benches/results/cluster_keys.md`.
 
-#[path = "../gate_support/mod.rs"]
-mod gate_support;
-
+use crate::gate_support::{CLIENT, ask, gate, key, settings, with_secret};
 use crate::harness::{Redis, free_port};
-use gate_support::{CLIENT, ask, gate, key, settings, with_secret};
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::Arc;

@@ -3,9 +3,13 @@
 //! `TOLLGATE_RESULTS=1` writes the tables to `benches/results/cluster.md`.
 
 mod cost;
+#[path = "../gate_support/mod.rs"]
+mod gate_support;
 mod harness;
 mod healing;
+mod lateness;
 mod sharded;
+mod sharing_gate;
 mod upgrade;
 
 use harness::{Asked, Gate, PATIENCE, Redis, Setup, Wire, client, free_port, most_in_a_window, offer, until};
@@ -107,7 +111,8 @@ fn statuses(asked: &[Asked]) -> std::collections::BTreeMap<u16, usize> {
 const LIMIT: u32 = 60;
 const WINDOW: Duration = Duration::from_secs(2);
 const WAIT: Duration = Duration::from_millis(20);
-/// What a busy machine may add to a gate's timer.
+/// What a busy machine may add: timers that are late, and nothing else (`lateness.rs`; `cluster_sim` has the wait in virtual
+/// time).
 const SCHEDULING: Duration = Duration::from_millis(250);
 
 /// Two gates under load while `disorder` befalls the store; all of it is checked against the limit.

@@ -3,7 +3,12 @@
 //! Each seed is a plan: gates, limit, window, demand, faults. What comes of it is checked against an exact log of every
 //! permit. `TOLLGATE_CLUSTER_SEED=N` runs one seed and prints what happened in it; `TOLLGATE_PROOF=full` runs 100,000.
 
+#[path = "../gate_support/mod.rs"]
+mod gate_support;
 mod plan;
+#[path = "../cluster/sharing_gate.rs"]
+mod sharing_gate;
+mod waiting;
 mod world;
 
 use plan::Plan;
