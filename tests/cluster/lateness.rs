@@ -1,15 +1,17 @@
 //! Whose fault it is where a request waits longer than it may: the machine's. `cluster_sim` shows in virtual time that none
 //! does; here time is real, and a gate's thread has to share two busy processors.
 //!
-//! On the gate's own thread a timer ticks beside the requests. In all the time by which a request was late, that timer
-//! was late too: nothing on that thread ran when it should.
+//! On the gate's own thread a timer ticks beside the requests. The thread runs what is ready in the order in which it
+//! became so. So a request whose time is over comes up before the timer does for the second time after that, however
+//! late either is; one that waited for anything else would come up after it.
 
 use crate::harness::{Redis, Wire, free_port};
 use crate::sharing_gate::{Asked, SharingGate};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::runtime::{self, Handle};
+use tokio::runtime;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tollgate::clock::Clock;
@@ -22,7 +24,7 @@ const WAIT: Duration = Duration::from_millis(20);
 /// How often the timer ticks, and the finest that the runtime's timers are.
 const TICK: Duration = Duration::from_millis(1);
 /// Threads that do nothing else than to be in the way.
-const IN_THE_WAY: usize = 8;
+const IN_THE_WAY: usize = 4;
 const LASTING: Duration = Duration::from_secs(4);
 const EVERY: Duration = Duration::from_millis(5);
 
@@ -58,24 +60,21 @@ fn who_waits_too_long_waits_for_a_processor() {
         });
         gate.join().unwrap()
     });
-    let waits = asked.iter().map(|asked| asked.answered - asked.came);
-    let in_vain = asked
-        .iter()
-        .filter(|asked| !asked.passed && asked.answered - asked.came + TICK >= WAIT);
-    let late = asked.iter().filter(|asked| asked.answered > asked.came + WAIT);
-    let unexplained = late.clone().map(|asked| unexplained(asked, &ticks)).max();
+    let waited = |asked: &Asked| asked.answered - asked.came;
+    let to_the_end = asked.iter().filter(|asked| waited(asked) + TICK >= WAIT).count();
+    let too_long = asked.iter().filter(|asked| waited(asked) > WAIT);
+    let at_fault: Vec<_> = too_long.clone().filter(|asked| is_at_fault(asked, &ticks)).collect();
     println!(
-        "{} requests, {} refused at the end of their wait, {} late; longest wait {:?} of {WAIT:?}; latest tick {:?}; most \
-         that no late tick explains {:?}",
+        "{} requests, {to_the_end} waited to the end, {} of them too long, {} when the timer was not late; longest wait {:?} \
+         of {WAIT:?}; latest tick {:?}",
         asked.len(),
-        in_vain.clone().count(),
-        late.count(),
-        waits.max().unwrap(),
+        too_long.count(),
+        at_fault.len(),
+        asked.iter().map(waited).max().unwrap(),
         ticks.iter().map(|tick| tick.came - tick.due).max().unwrap(),
-        unexplained.unwrap_or_default(),
     );
-    assert!(in_vain.count() > 100, "hardly any waited to the end");
-    assert!(unexplained.unwrap_or_default() <= 5 * TICK);
+    assert!(to_the_end > 100, "hardly any waited to the end");
+    assert!(at_fault.is_empty(), "{at_fault:?}");
 }
 
 /// A gate under load on this thread, and the timer.
@@ -99,35 +98,34 @@ async fn live(port: u16) -> (Vec<Asked>, Vec<Tick>) {
     let gate = SharingGate::start(&settings, limit, WAIT, Arc::new(store), &Clock::system(), |limits| {
         Arc::new(limits)
     });
-    let ticking = Handle::current().spawn(tick(Instant::now() + LASTING + 2 * WAIT));
-    let (begin, mut requests) = (Instant::now(), JoinSet::new());
-    let mut next = begin;
-    while next < begin + LASTING {
+    let (stop, stopped) = oneshot::channel();
+    let ticking = tokio::spawn(tick(stopped));
+    let (mut next, mut requests) = (Instant::now(), JoinSet::new());
+    let end = next + LASTING;
+    while next < end {
         sleep_until(next).await;
         requests.spawn(gate.request(1));
         next += EVERY;
     }
-    (requests.join_all().await, ticking.await.unwrap())
+    let asked = requests.join_all().await;
+    sleep_until(Instant::now() + WAIT + 5 * TICK).await;
+    stop.send(()).unwrap();
+    (asked, ticking.await.unwrap())
 }
 
-async fn tick(end: Instant) -> Vec<Tick> {
+async fn tick(mut stopped: oneshot::Receiver<()>) -> Vec<Tick> {
     let mut ticks = vec![];
-    while Instant::now() < end {
+    while stopped.try_recv().is_err() {
         let due = Instant::now() + TICK;
         sleep_until(due).await;
-        ticks.push(Tick {
-            due,
-            came: Instant::now(),
-        });
+        let came = Instant::now();
+        ticks.push(Tick { due, came });
     }
     ticks
 }
 
-/// For how long a request was late while the timer was not.
-fn unexplained(asked: &Asked, ticks: &[Tick]) -> Duration {
-    let (from, to) = (asked.came + WAIT, asked.answered);
-    // From the tick before: in between, nobody knows.
-    let late = ticks.iter().filter(|tick| tick.came - tick.due > TICK);
-    let explained = late.map(|tick| tick.came.min(to).saturating_duration_since((tick.due - TICK).max(from)));
-    (to - from).saturating_sub(explained.sum())
+/// Whether the request came up after the timer had for the second time.
+fn is_at_fault(asked: &Asked, ticks: &[Tick]) -> bool {
+    let mut after = ticks.iter().filter(|tick| tick.due >= asked.came + WAIT);
+    after.nth(1).is_some_and(|second| asked.answered > second.came)
 }
