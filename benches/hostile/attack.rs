@@ -1,4 +1,4 @@
-//! The attacker: this same binary as a process of its own, at the lowest priority.
+//! The attacker: this same binary as a process of its own, on processors only while nobody else wants them.
 
 use crate::gate::{Gate, KEYS, secret};
 use std::io::{BufRead, BufReader};
@@ -80,8 +80,8 @@ impl Drop for Attacker {
 impl Attacker {
     fn start(gate: &Gate, kind: &str, numbers: &[u64]) -> Self {
         let ourselves = std::env::current_exe().expect("a binary knows its path");
-        let child = Command::new("nice")
-            .args(["-n", "19"])
+        let child = Command::new("chrt")
+            .args(["--idle", "0"])
             .arg(ourselves)
             .args(["attacker", kind, &gate.address.to_string()])
             .args(numbers.iter().map(u64::to_string))

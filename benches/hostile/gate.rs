@@ -10,6 +10,8 @@ use tollgate::gate::key::{SecretDigest, checksum};
 
 pub struct Gate {
     pub address: SocketAddr,
+    /// What stands behind it.
+    pub upstream: SocketAddr,
     process: Child,
     _directory: TempDir,
 }
@@ -71,6 +73,7 @@ impl Gate {
         let address = wait_for(&at("run/gate.addr"));
         let gate = Gate {
             address,
+            upstream,
             process,
             _directory: directory,
         };

@@ -1,6 +1,7 @@
 //! Honest requests at a steady rate, whatever happens beside them.
 
 use crate::gate::{Gate, KEYS, secret};
+use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +18,8 @@ pub const CONNECTIONS_PER_SECOND: u32 = 50;
 #[derive(Default)]
 pub struct Series {
     us: Vec<u64>,
+    /// When each was due, for a time line.
+    due: Vec<Instant>,
     pub failed: usize,
 }
 
@@ -35,61 +38,82 @@ impl Series {
     fn add(&mut self, due: Instant, answered: bool) {
         if answered {
             self.us.push(due.elapsed().as_micros() as u64);
+            self.due.push(due);
         } else {
             self.failed += 1;
         }
     }
+
+    fn extend(&mut self, more: Series) {
+        self.us.extend(more.us);
+        self.due.extend(more.due);
+        self.failed += more.failed;
+    }
+
+    /// One line for each: its name, when it was due, in ms since `start`, and its µs.
+    pub fn trace(&self, name: &str, start: Instant, to: &mut String) {
+        for (due, us) in self.due.iter().zip(&self.us) {
+            let _ = writeln!(to, "{name}\t{}\t{us}", due.duration_since(start).as_millis());
+        }
+    }
 }
 
+/// What was measured beside each other, by one thread.
 #[derive(Default)]
 pub struct Latencies {
-    kept: Series,
-    fresh: Series,
+    /// Requests on connections that last.
+    pub kept: Series,
+    /// Requests on a connection each.
+    pub fresh: Series,
+    /// The same on kept connections past the gate, straight to the upstream: what the machine makes of it.
+    pub past_the_gate: Series,
+    /// Nothing at all, on time: how late the measuring thread itself was.
+    pub timer: Series,
 }
 
 impl Latencies {
     pub fn add(&mut self, more: Latencies) {
-        for (series, more) in [(&mut self.kept, more.kept), (&mut self.fresh, more.fresh)] {
-            series.us.extend(more.us);
-            series.failed += more.failed;
-        }
+        self.kept.extend(more.kept);
+        self.fresh.extend(more.fresh);
+        self.past_the_gate.extend(more.past_the_gate);
+        self.timer.extend(more.timer);
     }
 
+    /// By the gate.
     pub fn answered(&self) -> usize {
         self.kept.answered() + self.fresh.answered()
-    }
-
-    pub fn kept(&self) -> &Series {
-        &self.kept
-    }
-
-    pub fn fresh(&self) -> &Series {
-        &self.fresh
     }
 }
 
 /// Sends honest requests for as long as `meanwhile` lasts.
 pub fn honest(gate: &Gate, meanwhile: impl FnOnce()) -> Latencies {
     let stop = Arc::new(AtomicBool::new(false));
-    let (address, until) = (gate.address, stop.clone());
+    let (address, upstream, until) = (gate.address, gate.upstream, stop.clone());
     let clients = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .expect("a runtime");
         runtime.block_on(async move {
-            let mut kept = Vec::new();
-            for n in 0..KEPT_CONNECTIONS {
-                kept.push(tokio::spawn(keep(address, n, until.clone())));
-            }
-            let fresh = tokio::spawn(reconnect(address, until));
+            let kept = |to: SocketAddr| -> Vec<_> {
+                (0..KEPT_CONNECTIONS)
+                    .map(|n| tokio::spawn(keep(to, n, until.clone())))
+                    .collect()
+            };
+            let (through, past) = (kept(address), kept(upstream));
+            let fresh = tokio::spawn(reconnect(address, until.clone()));
+            let timer = tokio::spawn(be_on_time(until.clone()));
             let mut latencies = Latencies::default();
-            for task in kept {
-                let series = task.await.expect("a client does not panic");
-                latencies.kept.us.extend(series.us);
-                latencies.kept.failed += series.failed;
+            for task in through {
+                latencies.kept.extend(task.await.expect("a client does not panic"));
+            }
+            for task in past {
+                latencies
+                    .past_the_gate
+                    .extend(task.await.expect("a client does not panic"));
             }
             latencies.fresh = fresh.await.expect("a client does not panic");
+            latencies.timer = timer.await.expect("a client does not panic");
             latencies
         })
     });
@@ -132,6 +156,18 @@ async fn keep(gate: SocketAddr, n: u32, stop: Arc<AtomicBool>) -> Series {
         if !answered {
             stream = connect(gate).await;
         }
+        due += every;
+    }
+    series
+}
+
+async fn be_on_time(stop: Arc<AtomicBool>) -> Series {
+    let every = Duration::from_secs(1) / REQUESTS_PER_SECOND;
+    let mut due = Instant::now();
+    let mut series = Series::default();
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep_until(due).await;
+        series.add(due, true);
         due += every;
     }
     series

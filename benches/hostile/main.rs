@@ -1,10 +1,12 @@
 //! What an attack does to everybody else: the real binary, attacked from a process of its own, with honest requests
-//! beside it. `cargo bench --bench hostile` runs it all (about eight minutes) and writes `results/hostile.md`;
-//! `HOSTILE_CONNECTIONS=N` changes how many slow connections there are (10,000).
+//! beside it. `cargo bench --bench hostile` runs it all (about ten minutes) and writes `results/hostile_slow.md` and
+//! `results/hostile_keys.md`; `HOSTILE_PART=slow` or `keys` is one of them, and `HOSTILE_CONNECTIONS=N` changes how many
+//! slow connections there are (10,000). `HOSTILE_TRACE=FILE` keeps every latency of the former, for a time line.
 //!
-//! Quiet and attacked phases take turns in one run, so that both meet the same machine. The attacker has the lowest
-//! priority: on the one machine of this bench it takes the gate's processor otherwise, and what would be measured is
-//! the scheduler. On its own machine it would not.
+//! Quiet and attacked phases take turns in one run, so that both meet the same machine. The attacker runs only while
+//! nobody else wants a processor (`SCHED_IDLE`; niceness would let it finish its slice first): on the one machine of
+//! this bench it takes the gate's processors otherwise, and what would be measured is the scheduler. On its own machine
+//! it would not.
 
 mod attack;
 mod gate;
@@ -29,36 +31,46 @@ fn main() {
 }
 
 fn bench() {
-    let connections = std::env::var("HOSTILE_CONNECTIONS")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(10_000);
-    let mut report = format!(
-        "# What an attack does to everybody else\n\nWritten by `cargo bench --bench hostile`: the `tollgate` binary, \
-         optimised, with its default limits; {} processors for gate, upstream, honest clients and attacker together, the \
-         attacker at the lowest priority; load average at the start: {}, which must be near 0 for the times to mean \
-         anything. Honest requests: {} a second on {} kept connections, and {} a \
-         second on a connection each; a latency counts from when the request was due. Quiet and attacked phases take \
-         turns.\n",
-        std::thread::available_parallelism().map_or(1, usize::from),
-        std::fs::read_to_string("/proc/loadavg")
+    let part = std::env::var("HOSTILE_PART").ok();
+    let chosen = |name: &str| part.as_deref().is_none_or(|part| part == name);
+    if chosen("slow") {
+        let connections = std::env::var("HOSTILE_CONNECTIONS")
             .ok()
-            .and_then(|text| Some(text.split_whitespace().next()?.to_owned()))
-            .unwrap_or_default(),
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(10_000);
+        write("hostile_slow.md", |report| slow_clients(report, connections));
+    }
+    if chosen("keys") {
+        write("hostile_keys.md", unknown_keys);
+    }
+}
+
+fn write(file: &str, measure: impl FnOnce(&mut String)) {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let mut report = format!(
+        "# What an attack does to everybody else\n\nWritten on 2026-11-26 by `cargo bench --bench hostile`: the `tollgate` \
+         binary, optimised, with its default limits; {} shared processors for gate, upstream, honest clients and attacker \
+         together, of which the attacker gets what nobody else wants; load average at the start: {}, which must be near 0 \
+         for the times to mean anything. Honest requests: {} a second on {} kept connections, and {} a second on a \
+         connection each; a latency counts from when the request was due. As many requests go past the gate, straight to \
+         the upstream, and a timer tells how late the measuring thread itself was. Quiet and attacked phases take turns; \
+         the last column is the median of the rounds' ratios, and its range.\n",
+        std::thread::available_parallelism().map_or(1, usize::from),
+        load.split_whitespace().next().unwrap_or_default(),
         honest::REQUESTS_PER_SECOND,
         honest::KEPT_CONNECTIONS,
         honest::CONNECTIONS_PER_SECOND,
     );
-    slow_clients(&mut report, connections);
-    unknown_keys(&mut report);
+    measure(&mut report);
     println!("{report}");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results/hostile.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results").join(file);
     std::fs::write(&path, report).expect("the results are written");
 }
 
-/// Slow heads, bodies and readers, all at once, twice.
+/// Slow heads, bodies and readers, all at once, several times.
 fn slow_clients(report: &mut String, connections: usize) {
-    const ROUNDS: usize = 2;
+    const ROUNDS: usize = 3;
+    let begun = tokio::time::Instant::now();
     let gate = Gate::start(upstream::start());
     honest(&gate, || std::thread::sleep(Duration::from_secs(3)));
     let before = gate.look();
@@ -79,6 +91,20 @@ fn slow_clients(report: &mut String, connections: usize) {
         std::thread::sleep(Duration::from_secs(3));
     }
     let after = gate.look();
+    if let Some(path) = std::env::var_os("HOSTILE_TRACE") {
+        let mut text = String::new();
+        for phase in [&quiet, &coming, &there] {
+            for (name, series) in [
+                ("kept", &phase.latencies.kept),
+                ("fresh", &phase.latencies.fresh),
+                ("past", &phase.latencies.past_the_gate),
+                ("timer", &phase.latencies.timer),
+            ] {
+                series.trace(name, begun, &mut text);
+            }
+        }
+        std::fs::write(path, text).expect("the trace is written");
+    }
     let attacks = (connections * ROUNDS) as f64;
     let _ = write!(
         report,
@@ -131,7 +157,7 @@ fn slow_clients(report: &mut String, connections: usize) {
 
 /// A million keys that nobody has, from one address.
 fn unknown_keys(report: &mut String) {
-    const ROUNDS: u64 = 4;
+    const ROUNDS: u64 = 5;
     let gate = Gate::start(upstream::start());
     honest(&gate, || std::thread::sleep(Duration::from_secs(3)));
     let before = gate.look();
@@ -175,7 +201,9 @@ fn unknown_keys(report: &mut String) {
 /// The honest requests of all phases of one kind, and what they and the attack beside them took.
 #[derive(Default)]
 struct Phase {
+    /// Of all rounds, and of each.
     latencies: Latencies,
+    rounds: Vec<[u64; SERIES.len()]>,
     cpu: Duration,
     time: Duration,
 }
@@ -183,7 +211,9 @@ struct Phase {
 impl Phase {
     fn run(&mut self, gate: &Gate, meanwhile: impl FnOnce()) {
         let (cpu, started) = (gate.cpu(), Instant::now());
-        self.latencies.add(honest(gate, meanwhile));
+        let round = honest(gate, meanwhile);
+        self.rounds.push(SERIES.map(|(_, of)| of(&round).percentile(0.99)));
+        self.latencies.add(round);
         self.cpu += gate.cpu().saturating_sub(cpu);
         self.time += started.elapsed();
     }
@@ -198,34 +228,45 @@ impl Phase {
     }
 }
 
+/// One of the series of a phase.
+type Choose = fn(&Latencies) -> &honest::Series;
+
+/// What is told of each phase.
+const SERIES: [(&str, Choose); 4] = [
+    ("on kept connections", |all| &all.kept),
+    ("on a connection each", |all| &all.fresh),
+    ("past the gate", |all| &all.past_the_gate),
+    ("none: a timer", |all| &all.timer),
+];
+
 fn latencies(report: &mut String, quiet: &Phase, attacked: &[(&str, &Phase)]) {
     let phases = || std::iter::once(("quiet", quiet)).chain(attacked.iter().copied());
     report.push_str(
         "\n| honest requests | phase | answered | failed | median µs | p99 µs | × the quiet p99 |\n|---|---|---|---|---|---|---|\n",
     );
-    for (what, of) in [
-        (
-            "on kept connections",
-            Latencies::kept as fn(&Latencies) -> &honest::Series,
-        ),
-        ("on a connection each", Latencies::fresh),
-    ] {
-        let quiet_p99 = of(&quiet.latencies).percentile(0.99);
+    for (at, (what, of)) in SERIES.iter().enumerate() {
         for (phase, all) in phases() {
             let series = of(&all.latencies);
-            let p99 = series.percentile(0.99);
+            let rounds = all.rounds.iter().zip(&quiet.rounds);
+            let mut ratios: Vec<f64> = rounds
+                .map(|(p99, quiet)| p99[at] as f64 / quiet[at].max(1) as f64)
+                .collect();
+            ratios.sort_by(f64::total_cmp);
             let _ = writeln!(
                 report,
-                "| {what} | {phase} | {} | {} | {} | {p99} | {:.2} |",
+                "| {what} | {phase} | {} | {} | {} | {} | {:.2} ({:.2} to {:.2}) |",
                 series.answered(),
                 series.failed,
                 series.percentile(0.5),
-                p99 as f64 / quiet_p99.max(1) as f64,
+                series.percentile(0.99),
+                ratios[ratios.len() / 2],
+                ratios[0],
+                ratios[ratios.len() - 1],
             );
         }
     }
     for (_, phase) in phases() {
-        let failed = phase.latencies.kept().failed + phase.latencies.fresh().failed;
+        let failed = phase.latencies.kept.failed + phase.latencies.fresh.failed;
         assert_eq!(failed, 0, "honest requests failed:\n{report}");
     }
 }

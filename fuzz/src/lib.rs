@@ -350,50 +350,103 @@ pub fn feed_lines(data: &[u8]) {
 
 /// Nothing that was not written by us, with our token, puts a key into force.
 pub fn spool(data: &[u8]) {
-    let directory = scratch();
-    std::fs::write(directory.path().join("keys.spool"), data).expect("a scratch file");
-    let gate = empty_gate();
-    let settings = feed::Settings::new("fuzz", source(), directory.path());
-    let _ = feed::Feed::new(settings, gate.clone(), Clock::manual(1_800_000_000_000)).load();
-    assert_eq!(gate.key_count(), 0);
+    in_scratch(|directory| {
+        std::fs::write(directory.join("keys.spool"), data).expect("a scratch file");
+        let gate = Arc::new(Gate::new(gate_settings()).expect("settings that name nothing unknown"));
+        let settings = feed::Settings::new("fuzz", source(), directory);
+        let _ = feed::Feed::new(settings, gate.clone(), Clock::manual(1_800_000_000_000)).load();
+        assert_eq!(gate.key_count(), 0);
+    });
 }
 
-/// Whatever the journal holds, loading it ends, and says what it found.
+/// Whatever the journal holds, loading it ends, and says what it found. Behind a zero come records that are given the
+/// checksums that they need to be believed; anything else is a file as it is.
 pub fn journal(data: &[u8]) {
-    let directory = scratch();
-    std::fs::write(directory.path().join("windows.journal"), data).expect("a scratch file");
-    let settings = meter::Settings::new("fuzz", None, directory.path());
-    if let Ok(meter) = meter::Meter::new(settings, empty_gate(), Clock::manual(1_800_000_000_000)) {
-        let _ = meter.load_journal();
-    }
+    let sealed = match data.split_first() {
+        Some((0, records)) => Some(sealed_journal(records)),
+        _ => None,
+    };
+    in_scratch(|directory| {
+        std::fs::write(directory.join("windows.journal"), sealed.as_deref().unwrap_or(data)).expect("a scratch file");
+        let settings = meter::Settings::new("fuzz", None, directory);
+        let clock = Clock::manual(1_800_000_000_000);
+        if let Ok(meter) = meter::Meter::new(settings, gate_with_a_key(), clock) {
+            let _ = meter.load_journal();
+        }
+    });
 }
 
-fn scratch() -> tempfile::TempDir {
+/// Records are separated by 0xff.
+fn sealed_journal(records: &[u8]) -> Vec<u8> {
+    let mut file = b"TGJOURN\x01".to_vec();
+    for record in records.split(|byte| *byte == 0xff) {
+        file.extend_from_slice(&(record.len() as u32).to_le_bytes());
+        file.extend_from_slice(&xxhash_rust::xxh3::xxh3_64(record).to_le_bytes());
+        file.extend_from_slice(record);
+    }
+    file
+}
+
+/// Runs in a directory of its own, which the next input of this thread finds as this one leaves it.
+fn in_scratch(run: impl FnOnce(&Path)) {
     // In memory where there is such a place: a disk would be all that is tested.
-    let memory = Path::new("/dev/shm");
-    if memory.is_dir() {
-        tempfile::tempdir_in(memory)
-    } else {
-        tempfile::tempdir()
+    let make = || {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() {
+            tempfile::tempdir_in(memory)
+        } else {
+            tempfile::tempdir()
+        }
+        .expect("a scratch directory")
+    };
+    thread_local! {
+        static SCRATCH: std::cell::OnceCell<tempfile::TempDir> = const { std::cell::OnceCell::new() };
     }
-    .expect("a scratch directory")
+    SCRATCH.with(|scratch| run(scratch.get_or_init(make).path()));
 }
 
-fn empty_gate() -> Arc<Gate> {
-    let settings = gate::Settings {
-        environments: vec![],
+/// One for all inputs, so that what a journal restores meets what others restored before it.
+fn gate_with_a_key() -> Arc<Gate> {
+    static GATE: OnceLock<Arc<Gate>> = OnceLock::new();
+    let make = || {
+        let gate = Gate::new(gate_settings()).expect("settings that name nothing unknown");
+        let key = gate::KeyUpdate {
+            revision: 1,
+            id: "key_1".into(),
+            organization: "org_1".into(),
+            environment: "live".into(),
+            plan: "starter".into(),
+            ..gate::KeyUpdate::default()
+        };
+        let mut resync = gate.resync(1).expect("no other writer");
+        resync.add(&key).expect("a key that fits the settings");
+        resync.commit(1).expect("the first revision");
+        Arc::new(gate)
+    };
+    GATE.get_or_init(make).clone()
+}
+
+fn gate_settings() -> gate::Settings {
+    gate::Settings {
+        environments: vec![gate::EnvironmentSettings {
+            name: "live".into(),
+            prefix: "pxk_live_".into(),
+            billed: true,
+        }],
         checksum: Checksum::Required,
         foreign: Foreign::Refuse,
         tiers: vec![(
             "default".into(),
             gate::limit::Limit::new(100, 3_600_000).expect("a limit"),
         )],
-        plans: vec![],
+        plans: vec![gate::PlanSettings {
+            name: "starter".into(),
+            ..gate::PlanSettings::default()
+        }],
         routes: vec![],
         default_upstream: "up".into(),
         failed_attempts: FailedAttemptsSettings::default(),
-    };
-    Arc::new(Gate::new(settings).expect("settings that name nothing unknown"))
+    }
 }
 
 /// Made once: its client reads the system's certificates.

@@ -9,7 +9,7 @@ use super::passing_on::{Duty, Peer};
 use super::response::{self, Answer, X_REQUEST_ID};
 use super::shared::{self, SharedLimits};
 use super::steps::{self, host_of};
-use super::upstream::Attempts;
+use super::upstream::{self, Attempts};
 use super::{Context, PASSED, Proxy, UnderWay, edge, passing_on, us_between};
 use crate::gate::{Access, Permit, Refusal};
 use async_trait::async_trait;
@@ -23,6 +23,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 #[async_trait]
 impl ProxyHttp for Proxy {
@@ -106,12 +107,13 @@ impl ProxyHttp for Proxy {
             return Ok(successor.clone());
         }
         let name = context.permit.as_ref().map_or("", |permit| permit.upstream());
-        self.0
-            .compiled
-            .load()
-            .upstreams
-            .next(name, &mut context.attempts)
-            .ok_or_else(|| Error::explain(ErrorType::InternalError, format!("no upstream is called {name:?}")))
+        let next = self.0.compiled.load().upstreams.next(name, &mut context.attempts);
+        let mut peer =
+            next.ok_or_else(|| Error::explain(ErrorType::InternalError, format!("no upstream is called {name:?}")))?;
+        if self.0.in_flight.load(Ordering::Relaxed) > upstream::CROWD {
+            upstream::hold_little(&mut peer);
+        }
+        Ok(peer)
     }
 
     fn connected_to_upstream<'p, 's, 'u, 'd, 'c, 'f>(

@@ -12,6 +12,8 @@
 pub mod health;
 mod peer;
 
+pub(super) use peer::{CROWD, hold_little};
+
 use ahash::HashMap;
 use health::{Check, HealthSettings, ServerHealth};
 use http::Method;

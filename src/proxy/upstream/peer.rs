@@ -44,6 +44,11 @@ pub(super) fn build(settings: &UpstreamSettings, server: &ServerSettings) -> Htt
     peer
 }
 
+/// To be called while a crowd is under way ([`CROWD`]): a connection that is made now is told to hold little.
+pub(in crate::proxy) fn hold_little(peer: &mut HttpPeer) {
+    peer.options.tcp_recv_buf = Some(RECEIVE_BUFFER_IN_A_CROWD);
+}
+
 /// Upstreams share no pooled connections, and neither do settings before and after a reload that differ in what a
 /// connection was checked against: Pingora's own key does not tell the authorities or the protocol.
 fn group(settings: &UpstreamSettings) -> u64 {
@@ -69,6 +74,14 @@ fn group(settings: &UpstreamSettings) -> u64 {
 /// grows this to megabytes for every client that stops reading, as the pipe in Pingora swallows a response's start at
 /// once. Enough for 125 MB/s from a server 1 ms away.
 const RECEIVE_BUFFER: usize = 128 * 1024;
+
+/// The same for connections that are made while many requests are under way. Pingora's pipe takes about ten reads of up
+/// to 64 KiB before it waits for the client, so this bounds its memory, too: of a response that nobody takes it holds
+/// 130 KiB with this buffer, and 480 with the other one (measured). Enough for 16 MB/s from a server 1 ms away.
+const RECEIVE_BUFFER_IN_A_CROWD: usize = 16 * 1024;
+
+/// More requests than this under way at once are a crowd.
+pub(in crate::proxy) const CROWD: u64 = 512;
 
 /// Requests at once on one HTTP/2 connection, where the server allows as many: what RFC 9113 recommends as the least.
 const MOST_STREAMS: usize = 100;
@@ -97,6 +110,20 @@ mod tests {
             retries: 0,
             health: None,
         }
+    }
+
+    #[test]
+    fn connections_that_hold_little_are_shared_with_the_others() {
+        let server = ServerSettings {
+            host: "a".to_owned(),
+            address: ([127, 0, 0, 1], 443).into(),
+            weight: 1,
+        };
+        let ordinary = build(&settings(), &server);
+        let mut little = ordinary.clone();
+        hold_little(&mut little);
+        assert!(little.options.tcp_recv_buf < ordinary.options.tcp_recv_buf);
+        assert_eq!(little.reuse_hash(), ordinary.reuse_hash());
     }
 
     #[test]
