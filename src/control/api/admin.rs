@@ -291,6 +291,8 @@ pub async fn update_key(
 }
 
 /// Revoke a key for good.
+///
+/// It stays to be seen, with the status `revoked`, and takes no further change.
 #[utoipa::path(
     delete, path = "/api/v1/admin/keys/{id}", tag = "Operator", operation_id = "adminRevokeKey",
     params(("id" = String, Path, description = "The key."), WaitQuery),

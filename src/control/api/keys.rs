@@ -227,6 +227,8 @@ pub async fn update(
 }
 
 /// Revoke for good.
+///
+/// The key stays to be seen, with the status `revoked`, and takes no further change.
 #[utoipa::path(
     delete, path = "/api/v1/keys/{id}", tag = "Keys", operation_id = "revokeKey",
     params(("id" = String, Path, description = "The key."), WaitQuery),
