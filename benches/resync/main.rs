@@ -36,6 +36,8 @@ const TOKEN: &str = "the-token-of-the-bench-of-resyncs";
 const ADDED: usize = 5_000;
 /// Full snapshots beside HTTP requests, and starts of the binary.
 const ROUNDS: usize = 5;
+/// First snapshots with the database in the system's cache, and as often without.
+const FIRST_TIMES: usize = 5;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
@@ -74,6 +76,13 @@ fn measure(directory: &Path) {
     }
 }
 
+/// A gate that has its first snapshot.
+struct Following {
+    task: tokio::task::JoinHandle<()>,
+    first: Duration,
+    begun: Instant,
+}
+
 struct Bench {
     client: reqwest::Client,
     runtime: tokio::runtime::Runtime,
@@ -83,21 +92,23 @@ struct Bench {
 impl Bench {
     fn in_this_process(&self, state: &Path, text: &mut String) {
         let spool = state.join("keys.spool");
+        let mut cold: Vec<Duration> = (0..FIRST_TIMES)
+            .map(|_| {
+                self.plane.out_of_cache();
+                self.first(&state.with_file_name("cold"))
+            })
+            .collect();
+        let mut warm: Vec<Duration> = (0..FIRST_TIMES)
+            .map(|_| self.first(&state.with_file_name("warm")))
+            .collect();
+        eprintln!("first snapshots: {cold:?} from the disk, {warm:?} from the cache");
+        cold.sort_unstable();
+        warm.sort_unstable();
+
         let gate = gate();
-        let feed = Arc::new(self.feed(state, &gate));
-        assert_eq!(feed.load(), LoadOutcome::Missing);
-        let running = Arc::clone(&feed);
-        let task = self
-            .runtime
-            .spawn(async move { running.run(std::future::pending()).await });
-        // The head of the answer is here; the first byte of the stream is on its way.
-        wait(|| feed.status().connections > 0);
-        let begun = Instant::now();
-        wait(|| gate.is_ready());
-        let first = begun.elapsed();
+        let Following { task, first, begun } = self.follow(state, &gate);
         wait(|| spool.exists());
         let spooled = begun.elapsed() - first;
-        eprintln!("first snapshot: {first:?}, its spool {spooled:?}");
 
         let requests = Requests::decisions(&gate, DECISIONS_WHILE.len());
         std::thread::sleep(Duration::from_secs(4));
@@ -127,7 +138,8 @@ impl Bench {
         let _ = write!(
             text,
             "| | s | goal |\n|---|---|---|\n\
-             | first snapshot in force, after the first byte | {} | 2 |\n\
+             | first snapshot in force, after the first byte (median of {FIRST_TIMES}; the longest) | {}; {} | 2 |\n\
+             | the same, of a database that is not in the system's cache | {}; {} | 2 |\n\
              | its spool on the disk, after that | {} | |\n\
              | full snapshot again beside decisions, from the operator's request on | {} | 2 |\n\
              | its spool on the disk, after that | {} | |\n\
@@ -136,7 +148,10 @@ impl Bench {
              One more key beside the million, made through the control API, {ADDED} times: from the answer until the gate let it pass.\n\n\
              | median, ms | p99, ms | longest, ms | goal, ms |\n|---|---|---|---|\n| {:.2} | {:.2} | {:.2} | 100 |\n\n\
              Decisions of {THREADS} threads that make at most {} a second each, over {} different keys.\n\n",
-            seconds(first),
+            seconds(warm[FIRST_TIMES / 2]),
+            seconds(warm[FIRST_TIMES - 1]),
+            seconds(cold[FIRST_TIMES / 2]),
+            seconds(cold[FIRST_TIMES - 1]),
             seconds(spooled),
             seconds(again),
             seconds(respooled),
@@ -150,6 +165,31 @@ impl Bench {
             ASKED * THREADS,
         );
         table(text, "decisions while", "ns", 1, &DECISIONS_WHILE, &times);
+    }
+
+    /// How long a new gate takes from the first byte to the snapshot's effect.
+    fn first(&self, state: &Path) -> Duration {
+        let Following { task, first, .. } = self.follow(state, &gate());
+        // So that the next one has the machine to itself, and no spool to start from.
+        wait(|| state.join("keys.spool").exists());
+        task.abort();
+        std::fs::remove_dir_all(state).expect("a directory of ours");
+        first
+    }
+
+    fn follow(&self, state: &Path, gate: &Arc<Gate>) -> Following {
+        let feed = Arc::new(self.feed(state, gate));
+        assert_eq!(feed.load(), LoadOutcome::Missing);
+        let running = Arc::clone(&feed);
+        let task = self
+            .runtime
+            .spawn(async move { running.run(std::future::pending()).await });
+        // The head of the answer is here; the first byte of the stream is on its way.
+        wait(|| feed.status().connections > 0);
+        let begun = Instant::now();
+        wait(|| gate.is_ready());
+        let first = begun.elapsed();
+        Following { task, first, begun }
     }
 
     /// How long each new key took to pass once it was answered, sorted.

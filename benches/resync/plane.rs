@@ -2,12 +2,15 @@
 
 use super::gate_support::secret;
 use super::{KEYS, TOKEN};
+use rustix::fs::{Advice, fadvise};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use sqlx::{Connection as _, Executor as _, SqliteConnection};
+use std::fs::File;
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 use tollgate::clock::Clock;
 use tollgate::control::{ControlPlane, Environment, Plan, Settings, migrate};
 use tollgate::wire::{FeedLine, KeyLine, SecretLine};
@@ -19,6 +22,7 @@ const AT_ONCE: u32 = 1_000;
 /// A control plane, and its operator.
 pub struct Plane {
     process: Child,
+    database: PathBuf,
     pub url: String,
 }
 
@@ -37,8 +41,18 @@ impl Plane {
         BufReader::new(output).read_line(&mut url).expect("it says where it is");
         Plane {
             process,
+            database: directory.join("tollgate.db"),
             url: url.trim().to_owned(),
         }
+    }
+
+    /// Has the system forget what it holds of the database in memory. Where it does not, a measurement looks too good.
+    pub fn out_of_cache(&self) {
+        // Nothing that is mapped is forgotten, and the control plane's map lives on for 5 s after its last use.
+        std::thread::sleep(Duration::from_secs(7));
+        let file = File::open(&self.database).expect("it is there");
+        file.sync_all().expect("a disk that works");
+        fadvise(&file, 0, None, Advice::DontNeed).expect("a file");
     }
 
     /// Makes every gate load a full snapshot; the revision that they will have then. With `wait`, they have.

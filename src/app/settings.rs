@@ -317,6 +317,7 @@ fn http_source(url: &str, token: &str, tls: Option<&config::ClientTls>) -> Resul
     let token = feed::Token::new(token)
         .ok_or_else(|| AppError::Failed("the feed token must be visible ASCII characters".to_owned()))?;
     let tls = feed::Tls {
+        unused: url.starts_with("http://"),
         ca: tls.and_then(|tls| tls.ca.clone()),
         identity: tls
             .and_then(|tls| tls.certificate.as_ref())

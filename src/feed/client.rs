@@ -23,6 +23,8 @@ use crate::wire::Ack;
 /// How the connection to the control plane is secured, where its URL is `https`.
 #[derive(Clone, Debug, Default)]
 pub struct Tls {
+    /// The URL is `http`: no authority is needed, and none is looked for.
+    pub unused: bool,
     /// PEM file of the authorities that may vouch for the control plane; `None`: the system's.
     pub ca: Option<PathBuf>,
     /// PEM files with this gate's own certificate and private key, for mutual TLS.
@@ -54,7 +56,9 @@ pub fn http_client(tls: &Tls) -> Result<reqwest::Client, ClientError> {
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .user_agent(concat!("tollgate/", env!("CARGO_PKG_VERSION")));
-    if let Some(path) = &tls.ca {
+    if tls.unused {
+        builder = builder.tls_certs_only([]);
+    } else if let Some(path) = &tls.ca {
         let authorities = reqwest::Certificate::from_pem_bundle(&read(path)?).map_err(|e| bad(path, e))?;
         builder = builder.tls_certs_only(authorities);
     }
@@ -65,8 +69,18 @@ pub fn http_client(tls: &Tls) -> Result<reqwest::Client, ClientError> {
     if tls.danger_skip_verify {
         builder = builder.tls_danger_accept_invalid_certs(true);
     }
-    builder.build().map_err(|error| ClientError(cause(&error)))
+    let authorities_sought = !tls.unused && tls.ca.is_none();
+    builder.build().map_err(|error| {
+        ClientError(match authorities_sought {
+            true => format!("{}; {NO_AUTHORITIES}", cause(&error)),
+            false => cause(&error),
+        })
+    })
 }
+
+/// What to do where the system's authorities cannot be had.
+const NO_AUTHORITIES: &str = "https needs certificate authorities: install the system's (Debian: ca-certificates), or name a \
+    file with those of the control plane as `ca`";
 
 /// Follows a control plane's feed.
 pub struct Client {

@@ -16,7 +16,7 @@ impl LineSplitter {
         mut chunk: &[u8],
         each: &mut dyn FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        while let Some(end) = newline(chunk) {
+        while let Some(end) = memchr::memchr(b'\n', chunk) {
             let (line, rest) = chunk.split_at(end + 1);
             chunk = rest;
             if self.partial.len() + line.len() > MAX_LINE_BYTES {
@@ -46,13 +46,6 @@ impl LineSplitter {
 /// A line has more than [`MAX_LINE_BYTES`].
 #[derive(Debug)]
 pub struct LineTooLong;
-
-/// Where the first newline is. `skip_until` finds it with the C library's `memchr`.
-fn newline(chunk: &[u8]) -> Option<usize> {
-    let mut cursor = chunk;
-    let skipped = std::io::BufRead::skip_until(&mut cursor, b'\n').unwrap_or(0);
-    (skipped > 0 && chunk[skipped - 1] == b'\n').then(|| skipped - 1)
-}
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,9 @@
 //! life: far above every revision of the earlier one, with a full snapshot for every gate. A database that was restored
 //! by other means has no mark: then the operator says so (`POST /api/v1/admin/feed/resync`).
 
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool};
@@ -17,18 +20,17 @@ use crate::control::store::Stamp;
 /// Writes a consistent, compacted copy to `target`, which must not exist, while the database is in use.
 pub async fn backup(url: &str, target: &Path) -> Result<(), Fault> {
     let (options, _scratch) = options(url)?;
-    if target.exists() {
-        return Err(Fault::Unavailable(format!("{} exists already", target.display())));
-    }
     let name = target
         .to_str()
         .ok_or_else(|| Fault::Unavailable("the target's name is not UTF-8".into()))?;
     let mut connection = options.connect().await.map_err(fault)?;
-    sqlx::query("VACUUM INTO ?")
-        .bind(name)
-        .execute(&mut connection)
-        .await
-        .map_err(fault)?;
+    make_private(target)?;
+    let copied = sqlx::query("VACUUM INTO ?").bind(name).execute(&mut connection).await;
+    if copied.is_err() {
+        // Nothing of use is in it, and it would be in the next one's way.
+        let _ = std::fs::remove_file(target);
+    }
+    copied.map_err(fault)?;
     connection.close().await.map_err(fault)?;
     // Without a log beside it: the copy is one file.
     let copy = SqliteConnectOptions::new()
@@ -42,6 +44,18 @@ pub async fn backup(url: &str, target: &Path) -> Result<(), Fault> {
         .await
         .map_err(fault)?;
     connection.close().await.map_err(fault)
+}
+
+/// Makes an empty file, which SQLite takes as well as none, that only its owner can read: it will hold what the database
+/// holds, and SQLite itself would leave the rights to the umask.
+fn make_private(target: &Path) -> Result<(), Fault> {
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(target);
+    made.map(drop).map_err(|error| {
+        Fault::Unavailable(match error.kind() {
+            ErrorKind::AlreadyExists => format!("{} exists already", target.display()),
+            _ => format!("{}: {error}", target.display()),
+        })
+    })
 }
 
 /// Takes the mark off a database that is a copy, and begins its new life.

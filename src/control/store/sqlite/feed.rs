@@ -1,10 +1,14 @@
 //! The feed's source: the outbox that changes write into.
 
+use std::num::NonZeroU64;
+use std::path::Path;
+
 use async_trait::async_trait;
+use rustix::fs::{Advice, fadvise};
 use sqlx::{Sqlite, Transaction};
 use tokio::sync::mpsc;
 
-use super::{SqliteStore, begin, fault, next_revision, write_audit};
+use super::{MAPPED_BYTES, SqliteStore, begin, fault, next_revision, write_audit};
 use crate::control::model::{AuditNote, Fault, GateState, REMEMBER_OUTCOME_MS, REMEMBER_REVOKED_MS};
 use crate::control::store::{Changes, FeedStore, GateReport, News, SnapshotReader, Stamp};
 use crate::wire::FeedLine;
@@ -65,6 +69,7 @@ impl FeedStore for SqliteStore {
     }
 
     async fn feed_snapshot(&self) -> Result<Box<dyn SnapshotReader>, Fault> {
+        read_ahead(&self.file);
         let mut tx = begin(&self.snapshots, "BEGIN").await?;
         // The first statement fixes what the whole transaction sees.
         let (revision, keys): (i64, i64) =
@@ -226,6 +231,20 @@ impl FeedStore for SqliteStore {
     fn news(&self) -> Option<mpsc::Receiver<News>> {
         None
     }
+}
+
+/// Has the system read the file into its cache, beside the caller: the lines of a million keys lie all over it, and
+/// whoever walks through them alone waits for the disk at every step. What is in the cache already costs next to nothing.
+fn read_ahead(file: &Path) {
+    let file = file.to_path_buf();
+    // Where the system's queue for the disk is full, it makes the caller wait.
+    tokio::task::spawn_blocking(move || {
+        let advised = std::fs::File::open(&file)
+            .and_then(|file| Ok(fadvise(&file, 0, NonZeroU64::new(MAPPED_BYTES), Advice::WillNeed)?));
+        if let Err(error) = advised {
+            log::debug!("{} is not read in advance: {error}", file.display());
+        }
+    });
 }
 
 struct Snapshot {

@@ -37,6 +37,8 @@ pub struct SqliteStore {
     readers: SqlitePool,
     /// Apart from the readers, so that gates that load a million keys slowly do not starve the API.
     snapshots: SqlitePool,
+    /// The database's file.
+    file: PathBuf,
     _scratch: Option<Scratch>,
 }
 
@@ -64,11 +66,12 @@ impl SqliteStore {
             .map_err(|e| Fault::Unavailable(format!("the schema cannot be updated: {e}")))?;
         drop(connection);
         backup::begin_new_life_if_restored(&writer).await?;
+        let file = options.get_filename().to_path_buf();
         let read_only = options.read_only(true);
         let readers = pool(READERS).connect_lazy_with(read_only.clone());
         // A million keys are read nearly twice as fast through a map of the file. It counts as the process's memory while
         // it lasts, so these connections end soon after they were used.
-        let mapped = read_only.pragma("mmap_size", "1073741824");
+        let mapped = read_only.pragma("mmap_size", MAPPED_BYTES.to_string());
         let snapshots = pool(SNAPSHOTS)
             .idle_timeout(Some(SNAPSHOT_IDLE))
             .connect_lazy_with(mapped);
@@ -76,6 +79,7 @@ impl SqliteStore {
             writer,
             readers,
             snapshots,
+            file,
             _scratch: scratch,
         })
     }
@@ -292,6 +296,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const READERS: u32 = 4;
 /// How long a connection for snapshots is kept for the next one.
 const SNAPSHOT_IDLE: Duration = Duration::from_secs(5);
+/// How much of the file they map, and have read in advance: some 1.4 million keys and what is told of them.
+const MAPPED_BYTES: u64 = 1 << 30;
 /// Snapshots for gates at once; further gates wait their turn.
 const SNAPSHOTS: u32 = 4;
 
