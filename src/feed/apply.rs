@@ -389,6 +389,6 @@ impl Staging<'_> {
             shared.counts.unusable_keys.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         }
-        self.resync.add(&self.key).map_err(FeedError::Gate)
+        self.resync.add(&self.key).map(drop).map_err(FeedError::Gate)
     }
 }

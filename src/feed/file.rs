@@ -3,7 +3,6 @@
 //! A version of the file is in force whole or not at all. Files are often written in place, so a change is read only once
 //! the file has held still from one look to the next, and thrown away if it moved while it was read.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read};
@@ -191,48 +190,86 @@ impl Reading {
 
     fn read_keys(&self, file: &File, before: Stamp, shared: &Shared) -> Result<usize, FileError> {
         let revision = shared.gate.revision().unwrap_or(0) + 1;
-        let mut resync = shared
-            .gate
-            .resync((before.bytes / TYPICAL_LINE_BYTES).min(self.max_keys) as usize)?;
-        let mut reader = BufReader::with_capacity(1 << 20, file);
-        let mut lines_of_ids: HashMap<Box<str>, u64> = HashMap::new();
-        let (mut line, mut number) = (Vec::new(), 0_u64);
-        loop {
-            line.clear();
-            number += 1;
-            let refused = |reason: String| Err(FileError::Line { number, reason });
-            let count = (&mut reader)
-                .take(MAX_LINE_BYTES as u64 + 1)
-                .read_until(b'\n', &mut line)?;
-            if count == 0 {
-                break;
-            }
-            if count > MAX_LINE_BYTES {
-                return refused(format!("it has more than {MAX_LINE_BYTES} bytes"));
-            }
-            let text = line.trim_ascii();
-            if text.is_empty() || text[0] == b'#' {
-                continue;
-            }
-            let key = match parse_key_file_line(text, revision) {
-                Ok(key) => key,
-                Err(error) => return refused(error.to_string()),
-            };
-            if let Some(earlier) = lines_of_ids.insert(key.id.clone(), number) {
-                return refused(format!("key {} is on line {earlier} already", key.id));
-            }
-            if lines_of_ids.len() as u64 > self.max_keys {
+        let mut lines = Lines::of(file);
+        let expected = lines.expected(before.bytes)?.min(self.max_keys);
+        let mut resync = shared.gate.resync(expected as usize)?;
+        let mut keys = 0;
+        while let Some((number, line)) = lines.next_key()? {
+            let refused = |reason: String| FileError::Line { number, reason };
+            let key = parse_key_file_line(line, revision).map_err(|error| refused(error.to_string()))?;
+            keys += 1;
+            if keys > self.max_keys {
                 return Err(FileError::TooManyKeys { cap: self.max_keys });
             }
-            if let Err(error) = resync.add(&key) {
-                return refused(error.to_string());
+            if !resync.add(&key).map_err(|error| refused(error.to_string()))? {
+                let earlier = self.line_of(&key.id)?;
+                return Err(refused(format!("key {} is on line {earlier} already", key.id)));
             }
         }
         if Stamp::of(&file.metadata()?) != before {
             return Err(FileError::Moved);
         }
         resync.commit(revision)?;
-        Ok(lines_of_ids.len())
+        Ok(keys as usize)
+    }
+
+    /// The first line with the key. Looked for when it is wanted, because remembering the lines of a million keys takes
+    /// more memory than the keys.
+    fn line_of(&self, id: &str) -> Result<u64, FileError> {
+        let file = File::open(&self.path)?;
+        let mut lines = Lines::of(&file);
+        while let Some((number, line)) = lines.next_key()? {
+            if parse_key_file_line(line, 0).is_ok_and(|key| *key.id == *id) {
+                return Ok(number);
+            }
+        }
+        Err(FileError::Moved)
+    }
+}
+
+/// The lines of a key file.
+struct Lines<'f> {
+    reader: BufReader<&'f File>,
+    line: Vec<u8>,
+    number: u64,
+}
+
+impl<'f> Lines<'f> {
+    fn of(file: &'f File) -> Self {
+        Lines {
+            reader: BufReader::with_capacity(1 << 20, file),
+            line: vec![],
+            number: 0,
+        }
+    }
+
+    /// About how many lines there are in so many bytes, by those at the beginning.
+    fn expected(&mut self, bytes: u64) -> io::Result<u64> {
+        let sample = self.reader.fill_buf()?;
+        let lines = memchr::memchr_iter(b'\n', sample).count().max(1);
+        Ok(bytes * lines as u64 / sample.len().max(1) as u64)
+    }
+
+    /// The next line with a key and its number, from 1; `None` at the end.
+    fn next_key(&mut self) -> Result<Option<(u64, &[u8])>, FileError> {
+        loop {
+            self.line.clear();
+            self.number += 1;
+            let most = MAX_LINE_BYTES as u64 + 1;
+            let count = (&mut self.reader).take(most).read_until(b'\n', &mut self.line)?;
+            if count == 0 {
+                return Ok(None);
+            }
+            if count > MAX_LINE_BYTES {
+                return Err(FileError::Line {
+                    number: self.number,
+                    reason: format!("it has more than {MAX_LINE_BYTES} bytes"),
+                });
+            }
+            if !matches!(self.line.trim_ascii().first(), None | Some(b'#')) {
+                return Ok(Some((self.number, self.line.trim_ascii())));
+            }
+        }
     }
 }
 
@@ -250,4 +287,3 @@ impl Stamp {
 }
 
 const MISSING: &str = "there is no such file";
-const TYPICAL_LINE_BYTES: u64 = 150;

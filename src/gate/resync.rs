@@ -58,11 +58,11 @@ pub struct Resync<'g> {
 }
 
 impl Resync<'_> {
-    /// Adds one key.
+    /// Adds one key. Whether it was not added before: a key that comes twice has the secrets of both.
     ///
     /// # Errors
     /// [`KeyError`]; the snapshot is then not to be committed.
-    pub fn add(&mut self, update: &KeyUpdate) -> Result<(), KeyError> {
+    pub fn add(&mut self, update: &KeyUpdate) -> Result<bool, KeyError> {
         let (Some(writer), Some(secrets)) = (&mut self.writer, &self.secrets) else {
             return Err(KeyError::Busy);
         };
@@ -71,7 +71,7 @@ impl Resync<'_> {
         if new {
             self.new_keys.insert(owner);
         }
-        self.keys.insert(owner);
+        let first = self.keys.insert(owner);
         for secret in &update.secrets {
             let digest = SecretDigest(secret.digest);
             let terms = writer.terms.of(&gate.names, update, secret.not_after_ms)?;
@@ -107,7 +107,7 @@ impl Resync<'_> {
                 return Err(KeyError::SecretTaken { id: update.id.clone() });
             }
         }
-        Ok(())
+        Ok(first)
     }
 
     /// Puts the snapshot in force, whole.
@@ -214,12 +214,15 @@ impl fmt::Debug for Resync<'_> {
 struct SlotSet(Vec<u64>);
 
 impl SlotSet {
-    fn insert(&mut self, id: SlotId) {
-        let word = id as usize / 64;
+    /// Puts it in; whether it was not in yet.
+    fn insert(&mut self, id: SlotId) -> bool {
+        let (word, bit) = (id as usize / 64, 1 << (id % 64));
         if self.0.len() <= word {
             self.0.resize(word + 1, 0);
         }
-        self.0[word] |= 1 << (id % 64);
+        let new = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        new
     }
 
     fn contains(&self, id: SlotId) -> bool {
