@@ -1,13 +1,14 @@
 //! The decision: may this request pass?
 //!
 //! Synchronous, no I/O, no allocation once a key has been seen in a tier, no lock, no HTTP server. [`Gate::check`] is
-//! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `slots` and
-//! `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
+//! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `parts`, `slots`
+//! and `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
 //! `update` and `resync` (with `writer` and `retired`), `usage`.
 
 pub mod credential;
 pub mod key;
 pub mod limit;
+mod parts;
 mod policy;
 mod quota;
 pub mod reservation;

@@ -13,11 +13,13 @@
 //! in the map behind: the slot no longer holds its digest, so the way leads nowhere, and the next base is built
 //! without it. For the same reason it does no harm that a slot may hold another secret by then.
 //!
-//! The maps lead from the first four bytes of a digest to a slot's number; the whole digest is compared in the slot. Four
+//! A map of many secrets is several maps (`parts.rs` says why), chosen by the same bytes that are looked up in it.
+//! They lead from the first four bytes of a digest to a slot's number; the whole digest is compared in the slot. Four
 //! bytes keep an entry at eight, which is what lets a million keys fit beside their slots into 128 MiB; digests
 //! that share them with another one (about 116 pairs in a million) lie in a small map of their own.
 
 use super::key::SecretDigest;
+use super::parts;
 use super::policy::Policy;
 use super::slots::{Slot, SlotId, Slots};
 use dashmap::{DashMap, ReadOnlyView};
@@ -84,7 +86,7 @@ impl Snapshot {
             next.base = Arc::new(base.build());
             next.recent = None;
         } else if !more.is_empty() {
-            let ways = recent.map_or_else(|| SecretsBuilder::new(0, 2), SecretsBuilder::from);
+            let ways = recent.map_or_else(|| SecretsBuilder::with_capacity(0), SecretsBuilder::from);
             for (digest, id) in more {
                 ways.put(slots, digest, *id);
             }
@@ -104,7 +106,7 @@ impl fmt::Debug for Snapshot {
 
 /// Ways from secrets to slots, never changed again.
 pub(super) struct Secrets {
-    by_prefix: ReadOnlyView<u32, SlotId, PrefixHash>,
+    by_prefix: Box<[ReadOnlyView<u32, SlotId, PrefixHash>]>,
     /// Secrets whose first four bytes another one had first; absent while there are none.
     collisions: Option<ReadOnlyView<[u8; 32], SlotId, ahash::RandomState>>,
     len: usize,
@@ -118,7 +120,9 @@ impl Secrets {
             slot.fetch();
             slot.holds(digest).then_some((*id, slot))
         };
-        let found = self.by_prefix.get(&prefix(digest)).and_then(slot_of);
+        let prefix = prefix(digest);
+        let part = self.by_prefix.get(parts::of(prefix, self.by_prefix.len()));
+        let found = part.and_then(|part| part.get(&prefix)).and_then(slot_of);
         match &self.collisions {
             Some(collisions) if found.is_none() => collisions.get(&digest.0).and_then(slot_of),
             _ => found,
@@ -131,35 +135,42 @@ impl Secrets {
 
     fn slots(&self) -> impl Iterator<Item = SlotId> {
         let collisions = self.collisions.iter().flat_map(ReadOnlyView::values);
-        self.by_prefix.values().chain(collisions).copied()
+        let parts = self.by_prefix.iter().flat_map(ReadOnlyView::values);
+        parts.chain(collisions).copied()
     }
 }
 
 /// [`Secrets`] in the making.
 pub(super) struct SecretsBuilder {
-    by_prefix: DashMap<u32, SlotId, PrefixHash>,
+    by_prefix: Box<[DashMap<u32, SlotId, PrefixHash>]>,
     collisions: DashMap<[u8; 32], SlotId, ahash::RandomState>,
 }
 
-/// Shards of a large map: it is built by one thread and read without locks, so that more would be of no use.
-const SHARDS: usize = 4;
+/// Shards of a map, the fewest there can be: one thread builds it, and it is read without locks.
+const SHARDS: usize = 2;
 
 impl SecretsBuilder {
     pub fn with_capacity(secrets: usize) -> Self {
-        Self::new(secrets, SHARDS)
+        let parts = parts::number_for(secrets, SHARDS);
+        let each = || {
+            let capacity = parts::share_of(secrets, parts);
+            DashMap::with_capacity_and_hasher_and_shard_amount(capacity, PrefixHash::default(), SHARDS)
+        };
+        SecretsBuilder {
+            by_prefix: (0..parts).map(|_| each()).collect(),
+            collisions: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
+        }
     }
 
-    fn new(secrets: usize, shards: usize) -> Self {
-        SecretsBuilder {
-            by_prefix: DashMap::with_capacity_and_hasher_and_shard_amount(secrets, PrefixHash::default(), shards),
-            collisions: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), 2),
-        }
+    fn part(&self, prefix: u32) -> &DashMap<u32, SlotId, PrefixHash> {
+        &self.by_prefix[parts::of(prefix, self.by_prefix.len())]
     }
 
     /// Leads the digest to the slot. `false`: another slot holds the same secret.
     pub fn put(&self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
         use dashmap::Entry;
-        match self.by_prefix.entry(prefix(digest)) {
+        let prefix = prefix(digest);
+        match self.part(prefix).entry(prefix) {
             Entry::Vacant(entry) => {
                 entry.insert(id);
                 true
@@ -177,19 +188,17 @@ impl SecretsBuilder {
     }
 
     fn remove(&self, digest: &SecretDigest, id: SlotId) {
-        if self
-            .by_prefix
-            .remove_if(&prefix(digest), |_, held| *held == id)
-            .is_none()
-        {
+        let prefix = prefix(digest);
+        let removed = self.part(prefix).remove_if(&prefix, |_, held| *held == id);
+        if removed.is_none() {
             self.collisions.remove_if(&digest.0, |_, held| *held == id);
         }
     }
 
     pub fn build(self) -> Secrets {
-        let len = self.by_prefix.len() + self.collisions.len();
+        let len = self.by_prefix.iter().map(DashMap::len).sum::<usize>() + self.collisions.len();
         Secrets {
-            by_prefix: self.by_prefix.into_read_only(),
+            by_prefix: self.by_prefix.into_iter().map(DashMap::into_read_only).collect(),
             collisions: (!self.collisions.is_empty()).then(|| self.collisions.into_read_only()),
             len,
         }
@@ -199,10 +208,10 @@ impl SecretsBuilder {
 impl From<&Secrets> for SecretsBuilder {
     fn from(secrets: &Secrets) -> Self {
         SecretsBuilder {
-            by_prefix: secrets.by_prefix.clone().into_inner(),
+            by_prefix: secrets.by_prefix.iter().map(|part| part.clone().into_inner()).collect(),
             collisions: match &secrets.collisions {
                 Some(collisions) => collisions.clone().into_inner(),
-                None => DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), 2),
+                None => DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
             },
         }
     }

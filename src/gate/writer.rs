@@ -1,6 +1,7 @@
 //! The one writer's side of the slots: which key has which, and which are free.
 
 use super::key::{KeyId, SecretDigest};
+use super::parts;
 use super::slots::{NONE, Slot, SlotId, Slots};
 use super::terms::{Terms, TermsTable};
 use super::update::KeyError;
@@ -10,8 +11,8 @@ use std::sync::Arc;
 
 /// What only a writer needs to know.
 pub(super) struct Writer {
-    /// The owner slots, by the ids of their keys.
-    ids: HashTable<SlotId>,
+    /// The owner slots, by the ids of their keys; of many keys, in several tables.
+    ids: Box<[HashTable<SlotId>]>,
     hasher: ahash::RandomState,
     free: Vec<SlotId>,
     next: SlotId,
@@ -23,7 +24,7 @@ pub(super) struct Writer {
 impl Writer {
     pub fn new() -> Self {
         Writer {
-            ids: HashTable::new(),
+            ids: Box::new([HashTable::new()]),
             hasher: ahash::RandomState::new(),
             free: vec![],
             next: 0,
@@ -34,19 +35,33 @@ impl Writer {
 
     /// How many keys have a slot.
     pub fn len(&self) -> usize {
-        self.ids.len()
+        self.ids.iter().map(HashTable::len).sum()
     }
 
+    /// Makes room for so many keys in all, spread as befits their number.
     pub fn reserve(&mut self, slots: &Slots, keys: usize) {
+        if self.ids.iter().map(HashTable::capacity).sum::<usize>() >= keys {
+            return;
+        }
+        let parts = parts::number_for(keys, 1);
+        let capacity = parts::share_of(keys, parts);
+        let held = std::mem::take(&mut self.ids);
+        self.ids = (0..parts).map(|_| HashTable::with_capacity(capacity)).collect();
+        for id in held.into_iter().flatten() {
+            self.put(slots, hash_of(&self.hasher, slots, id), id);
+        }
+    }
+
+    fn put(&mut self, slots: &Slots, hash: u64, owner: SlotId) {
         let hasher = &self.hasher;
-        self.ids
-            .reserve(keys.saturating_sub(self.ids.len()), |id| hash_of(hasher, slots, *id));
+        self.ids[part_of(hash, self.ids.len())].insert_unique(hash, owner, |held| hash_of(hasher, slots, *held));
     }
 
     /// The owner slot of a key.
     pub fn find(&self, slots: &Slots, id: &str) -> Option<SlotId> {
         let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
-        self.ids.find(self.hasher.hash_one(id), same).copied()
+        let hash = self.hasher.hash_one(id);
+        self.ids[part_of(hash, self.ids.len())].find(hash, same).copied()
     }
 
     /// The owner slot of a key, made if it is new; and whether it is.
@@ -60,9 +75,7 @@ impl Writer {
         if let KeyId::Shared(long_id) = key_id {
             slot.terms.store(Some(Arc::new(Terms::of_unknown_key(Some(long_id)))));
         }
-        let hasher = &self.hasher;
-        self.ids
-            .insert_unique(hasher.hash_one(id), owner, |held| hash_of(hasher, slots, *held));
+        self.put(slots, self.hasher.hash_one(id), owner);
         Ok((owner, true))
     }
 
@@ -97,7 +110,8 @@ impl Writer {
     pub fn remove(&mut self, slots: &Slots, id: &str) {
         let hash = self.hasher.hash_one(id);
         let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
-        if let Ok(entry) = self.ids.find_entry(hash, same) {
+        let part = part_of(hash, self.ids.len());
+        if let Ok(entry) = self.ids[part].find_entry(hash, same) {
             entry.remove();
         }
     }
@@ -111,11 +125,16 @@ impl Writer {
 impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Writer")
-            .field("keys", &self.ids.len())
+            .field("keys", &self.len())
             .finish_non_exhaustive()
     }
 }
 
 fn hash_of(hasher: &ahash::RandomState, slots: &Slots, id: SlotId) -> u64 {
     slots.get(id).map_or(0, |slot| hasher.hash_one(slot.key_id().as_str()))
+}
+
+/// By bits that a table does not use itself: it has the highest seven and the lowest.
+fn part_of(hash: u64, parts: usize) -> usize {
+    parts::of((hash >> 25) as u32, parts)
 }
