@@ -64,25 +64,22 @@ pub fn assemble(config: &Config, clock: &Clock) -> Result<Option<Cluster>, AppEr
     )))
 }
 
-/// The cluster as the proxy sees it.
-#[derive(Debug)]
-pub struct Limits(pub Cluster);
-
+/// The cluster as the proxy sees it: the two parts know nothing of each other.
 #[async_trait]
-impl SharedLimits for Limits {
+impl SharedLimits for Cluster {
     fn want(&self, reservation: &Arc<Reservation>) {
-        self.0.want(reservation);
+        Cluster::want(self, reservation);
     }
 
     fn deadline(&self) -> Instant {
-        self.0.deadline()
+        Cluster::deadline(self)
     }
 
     async fn wait(&self, reservation: &Arc<Reservation>, deadline: Instant) -> bool {
-        self.0.wait(reservation, deadline).await
+        Cluster::wait(self, reservation, deadline).await
     }
 
     fn waited(&self, in_vain: bool) {
-        self.0.count_wait(in_vain);
+        self.count_wait(in_vain);
     }
 }

@@ -102,7 +102,7 @@ impl GateParts {
         let proxy = Proxy::new(&settings::proxy(config, bound)?, gate.clone(), clock.clone(), log)
             .map_err(|bad| AppError::internal(format!("{:?} cannot start a header's name", bad.0)))?;
         if let Some(cluster) = &cluster {
-            proxy.share_limits(Arc::new(cluster::Limits(cluster.clone())));
+            proxy.share_limits(Arc::new(cluster.clone()));
         }
         let listeners = gate_config
             .listen

@@ -3,7 +3,6 @@
 #![allow(dead_code, reason = "the two tests that include this file use different parts of it")]
 
 use crate::gate_support::{gate, key, secret, settings};
-use async_trait::async_trait;
 use pingora::proxy::{ProxyHttp, Session};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +15,6 @@ use tollgate::cluster::Cluster;
 use tollgate::cluster::coordinator::Settings;
 use tollgate::cluster::store::Store;
 use tollgate::gate::limit::Limit;
-use tollgate::gate::reservation::Reservation;
 use tollgate::proxy::{self, Proxy, ResponseSettings, SharedLimits};
 
 /// Keys that it knows: the numbers below.
@@ -48,7 +46,7 @@ impl SharingGate {
         wait: Duration,
         store: Arc<dyn Store>,
         clock: &Clock,
-        seen_as: impl FnOnce(Limits) -> Arc<dyn SharedLimits>,
+        seen_as: impl FnOnce(Cluster) -> Arc<dyn SharedLimits>,
     ) -> Self {
         let mut rules = settings(limit.permits());
         rules.tiers = vec![("default".into(), limit)];
@@ -62,7 +60,7 @@ impl SharingGate {
         };
         let proxy = Proxy::new(&passing, Arc::new(gate), clock.clone(), None).unwrap();
         let cluster = Cluster::new(sharing, wait, store, clock.clone());
-        proxy.share_limits(seen_as(Limits(cluster.clone())));
+        proxy.share_limits(seen_as(cluster.clone()));
         let (end, ended) = oneshot::channel::<()>();
         let own = cluster.clone();
         SharingGate {
@@ -107,28 +105,5 @@ impl SharingGate {
     /// Whether it has said goodbye to the store, or given that up.
     pub fn has_ended(&self) -> bool {
         self.running.is_finished()
-    }
-}
-
-/// What `app` puts between the proxy and the shared counts.
-#[derive(Debug)]
-pub struct Limits(Cluster);
-
-#[async_trait]
-impl SharedLimits for Limits {
-    fn want(&self, reservation: &Arc<Reservation>) {
-        self.0.want(reservation);
-    }
-
-    fn deadline(&self) -> Instant {
-        self.0.deadline()
-    }
-
-    async fn wait(&self, reservation: &Arc<Reservation>, deadline: Instant) -> bool {
-        self.0.wait(reservation, deadline).await
-    }
-
-    fn waited(&self, in_vain: bool) {
-        self.0.count_wait(in_vain);
     }
 }

@@ -6,13 +6,14 @@
 
 use crate::gate_support::START_MS;
 use crate::plan::Random;
-use crate::sharing_gate::{Asked, KEYS, Limits, SharingGate};
+use crate::sharing_gate::{Asked, KEYS, SharingGate};
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, advance, sleep};
 use tollgate::clock::Clock;
+use tollgate::cluster::Cluster;
 use tollgate::cluster::coordinator::Settings;
 use tollgate::cluster::memory::MemoryStore;
 use tollgate::cluster::protocol::{Batch, BatchAnswer, OnLoss};
@@ -212,7 +213,7 @@ impl Store for Fickle {
 /// another one was faster, and has to wait again.
 #[derive(Debug)]
 struct Outrun {
-    limits: Limits,
+    limits: Cluster,
     random: Mutex<Random>,
     wait: Duration,
 }
