@@ -11,11 +11,12 @@
 //!   became of the connections, the first one sent after its return finds it.
 
 use super::ledger::{Circumstances, Ledger, MS};
+use super::link::{HELLO_SOON_NS, Link, Loss};
 use super::members::{self, Members};
-use super::protocol::{Answer, Batch, BatchAnswer, FieldId, OnLoss};
+use super::protocol::{Answer, Batch, BatchAnswer, FieldId, Hello, OnLoss};
+use super::windows::Windows;
 use crate::gate::reservation::Reservation;
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,10 +39,6 @@ pub struct Settings {
 
 /// Hellos under way: a slow store hears several at once.
 const HELLOS: usize = 8;
-/// How often while others wait for it, or it waits for others.
-const HELLO_SOON_NS: u64 = 20 * MS;
-/// How often the whole list is heard, though it has not changed: so that silence is noticed.
-const LIST_EVERY_NS: u64 = 5_000 * MS;
 /// See [`members::Settings::silent_ms`]: long enough for a person to restart a store.
 const SILENT_MS: u64 = 10_000;
 /// How often a window that lives on its share looks whether the store is back.
@@ -79,10 +76,7 @@ pub struct Counts {
 pub struct Coordinator {
     settings: Settings,
     members: Members,
-    ledgers: Vec<Option<Ledger>>,
-    free: Vec<u32>,
-    queue: VecDeque<u32>,
-    due: BinaryHeap<Reverse<(u64, u32)>>,
+    windows: Windows,
     flights: HashMap<u64, Flight>,
     /// Calls in all flights.
     under_way: usize,
@@ -90,33 +84,11 @@ pub struct Coordinator {
     windows_made: u32,
     /// Windows that the current identity has not been told of.
     untold: usize,
-    hello_due_ns: u64,
-    list_due_ns: u64,
-    /// The last exchange failed: look, and send nothing else.
-    unreachable: bool,
-    /// When the latest exchange began that had an answer.
-    reached_ns: u64,
-    /// The content of the store has no name yet.
-    nameless: bool,
+    link: Link,
+    loss: Loss,
     /// The store has heard that the gate leaves.
     said_goodbye: bool,
-    round_trip_ns: u64,
-    /// How far round trips are from their mean, in the mean.
-    round_trip_varies_ns: u64,
-    /// When grants last counted, by length of window.
-    usable_ns: Vec<(u64, u64)>,
-    started_ns: u64,
     counts: Counts,
-}
-
-/// How often a gate looks for a store that it cannot reach.
-fn look_every_ns(settings: &Settings) -> u64 {
-    (settings.lost_after.as_nanos() as u64 / 5).clamp(5 * MS, 200 * MS)
-}
-
-/// How often a gate says that it lives: often enough that silence means loss.
-fn hello_every_ns(settings: &Settings) -> u64 {
-    (settings.lost_after.as_nanos() as u64 / 3).clamp(5 * MS, 1_000 * MS)
 }
 
 #[derive(Debug)]
@@ -150,38 +122,29 @@ impl Coordinator {
     pub fn new(settings: Settings, now_ns: u64) -> Self {
         let keep_ms = settings.max_clock_skew.as_millis() as u64;
         let lost_after_ms = settings.lost_after.as_millis() as u64;
+        let link = Link::new(settings.lost_after, now_ns);
         let members = Members::new(members::Settings {
             id: settings.id,
             name: settings.name.clone(),
             is_exact: settings.on_loss == OnLoss::Closed,
             silent_ms: SILENT_MS,
             // Whoever lives has said so by then, however slow.
-            settle_ms: lost_after_ms + 2 * hello_every_ns(&settings) / MS,
+            settle_ms: lost_after_ms + 2 * link.hello_every_ns() / MS,
             longest_window_ms: settings.longest_window_ms,
             keep_ms,
         });
         Coordinator {
+            loss: Loss::new(settings.lost_after, now_ns),
             settings,
             members,
-            ledgers: vec![],
-            free: vec![],
-            queue: VecDeque::new(),
-            due: BinaryHeap::new(),
+            link,
+            windows: Windows::default(),
             flights: HashMap::new(),
             under_way: 0,
             next_flight: 0,
             windows_made: 0,
             untold: 0,
-            hello_due_ns: now_ns,
-            list_due_ns: now_ns,
-            unreachable: false,
-            reached_ns: 0,
-            nameless: false,
             said_goodbye: false,
-            round_trip_ns: MS,
-            round_trip_varies_ns: MS,
-            usable_ns: vec![],
-            started_ns: now_ns,
             counts: Counts::default(),
         }
     }
@@ -198,7 +161,7 @@ impl Coordinator {
 
     /// Windows that are known.
     pub fn windows(&self) -> usize {
-        self.ledgers.len() - self.free.len()
+        self.windows.len()
     }
 
     /// Whether grants count, for windows of this length.
@@ -213,33 +176,25 @@ impl Coordinator {
 
     /// Whether the store is lost.
     pub fn is_lost(&self, window_ms: u64, now_ns: u64) -> bool {
-        let usable = self.usable_ns.iter().find(|(window, _)| *window == window_ms);
-        let since = usable.map_or(self.started_ns, |(_, at_ns)| *at_ns);
-        now_ns > since + self.settings.lost_after.as_nanos() as u64
+        self.loss.is_lost(window_ms, now_ns)
     }
 
     /// Begins to look after a window: more is wanted for it. The number is what [`Coordinator::want`] takes.
     pub fn open(&mut self, name: Arc<str>, window_ms: u64, reservation: Arc<Reservation>, now_ns: u64) -> u32 {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.ledgers.push(None);
-            self.ledgers.len() as u32 - 1
-        });
         self.windows_made += 1;
         let id = FieldId {
             process: self.settings.id,
             window: self.windows_made,
         };
-        if !self.usable_ns.iter().any(|(window, _)| *window == window_ms) {
-            self.usable_ns.push((window_ms, now_ns));
-        }
+        self.loss.begin(window_ms, now_ns);
         let circumstances = self.circumstances(window_ms, now_ns);
-        self.ledgers[slot as usize] = Some(Ledger::new(name, window_ms, reservation, id, &circumstances));
-        slot
+        self.windows
+            .open(Ledger::new(name, window_ms, reservation, id, &circumstances))
     }
 
     /// More is wanted. `false`: the window is not known (any more); open it.
     pub fn want(&mut self, slot: u32, reservation: &Arc<Reservation>, now_ns: u64) -> bool {
-        let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+        let Some(ledger) = self.windows.get_mut(slot) else {
             return false;
         };
         if !Arc::ptr_eq(&ledger.reservation, reservation) {
@@ -254,10 +209,10 @@ impl Coordinator {
             self.fall_back(slot, now_ns);
         } else if !self.members.grants_count(window_ms, now_ns) {
             // Until then the request waits; it is told again when grants count, or the store is lost.
-            self.watch(slot, now_ns + HELLO_SOON_NS);
+            self.windows.watch(slot, now_ns + HELLO_SOON_NS);
         } else {
             reservation.count_alone(false);
-            self.enqueue(slot);
+            self.windows.enqueue(slot);
         }
         true
     }
@@ -266,14 +221,10 @@ impl Coordinator {
     pub fn tick(&mut self, now_ns: u64) {
         let keep_ms = self.keep_ms();
         for _ in 0..DUE_AT_ONCE {
-            let Some(Reverse((due_ns, slot))) = self.due.peek().copied() else {
+            let Some(slot) = self.windows.pop_due(now_ns) else {
                 break;
             };
-            if due_ns > now_ns {
-                break;
-            }
-            self.due.pop();
-            let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+            let Some(ledger) = self.windows.get_mut(slot) else {
                 continue;
             };
             if ledger.is_asking() {
@@ -282,8 +233,7 @@ impl Coordinator {
             if ledger.is_over(now_ns, keep_ms) {
                 ledger.reservation.count_alone(false);
                 self.untold -= usize::from(ledger.generation != self.members.generation());
-                self.ledgers[slot as usize] = None;
-                self.free.push(slot);
+                self.windows.forget(slot);
                 continue;
             }
             let reservation = ledger.reservation.clone();
@@ -296,27 +246,27 @@ impl Coordinator {
             if wanted {
                 self.want(slot, &reservation, now_ns);
             } else if holds_share && !has_lapsed && self.is_lost(window_ms, now_ns) {
-                self.watch(slot, now_ns + SHARE_LOOK_NS);
+                self.windows.watch(slot, now_ns + SHARE_LOOK_NS);
             } else if holds_share && self.members.grants_count(window_ms, now_ns) {
                 // The store is back: no more out of the share, however long it would last.
                 self.want(slot, &reservation, now_ns);
             } else if is_to_tell {
-                if self.unreachable {
-                    self.watch(slot, now_ns + 5 * HELLO_SOON_NS);
+                if self.link.is_down() {
+                    self.windows.watch(slot, now_ns + 5 * HELLO_SOON_NS);
                 } else {
-                    self.enqueue(slot);
+                    self.windows.enqueue(slot);
                 }
             } else {
-                self.watch(slot, due_ns);
+                self.windows.watch(slot, due_ns);
             }
         }
     }
 
     /// When [`Coordinator::tick`] and [`Coordinator::next_batch`] have something to do next.
     pub fn next_due_ns(&self) -> u64 {
-        let due = self.due.peek().map_or(u64::MAX, |Reverse((due_ns, _))| *due_ns);
+        let due = self.windows.next_due_ns();
         if self.may_say_hello() {
-            due.min(self.hello_due_ns)
+            due.min(self.link.hello_due_ns())
         } else {
             due
         }
@@ -325,40 +275,26 @@ impl Coordinator {
     /// The next batch to be sent, if there is anything to say. Its number comes back with [`Coordinator::answered`].
     pub fn next_batch(&mut self, now_ns: u64) -> Option<(u64, Batch)> {
         let mut batch = Batch::default();
-        let look = now_ns >= self.hello_due_ns && self.may_say_hello();
+        let look = now_ns >= self.link.hello_due_ns() && self.may_say_hello();
         if look {
-            self.hello_due_ns = now_ns
-                + if self.unreachable {
-                    look_every_ns(&self.settings)
-                } else {
-                    hello_every_ns(&self.settings)
-                };
-            batch.anew = self.unreachable;
-        }
-        if look && (self.members.current().is_some() || self.nameless) {
-            let settled = self
-                .usable_ns
-                .iter()
-                .all(|(window, _)| self.members.grants_count(*window, now_ns));
-            let whole_list = !settled || self.members.current().is_none() || now_ns >= self.list_due_ns;
-            if whole_list {
-                self.list_due_ns = now_ns + LIST_EVERY_NS;
-            }
-            batch.hello = Some(self.members.hello(now_ns, whole_list));
+            batch.anew = self.link.is_down();
+            self.link.hello_goes(now_ns);
+            batch.hello = self.hello(now_ns);
         }
         let mut slots = vec![];
-        let may_ask = !self.unreachable && self.members.current().is_some() && self.flights.len() < BATCHES;
+        let may_ask = !self.link.is_down() && self.members.current().is_some() && self.flights.len() < BATCHES;
         let most = if may_ask { BATCH.min(CALLS - self.under_way) } else { 0 };
         while slots.len() < most {
-            let Some(slot) = self.queue.pop_front() else { break };
-            let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
+            let Some(slot) = self.windows.pop_queued() else {
+                break;
+            };
+            let Some(ledger) = self.windows.get(slot) else {
                 continue;
             };
             let circumstances = self.circumstances(ledger.window_ms, now_ns);
-            let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+            let Some(ledger) = self.windows.get_mut(slot) else {
                 continue;
             };
-            ledger.queued = false;
             if ledger.may_ask() {
                 let ask = ledger.ask(&circumstances);
                 slots.push((slot, ask.sequence));
@@ -390,26 +326,8 @@ impl Coordinator {
         self.under_way -= flight.slots.len();
         let identity = answer.and_then(BatchAnswer::identity);
         match answer {
-            Some(answer) => {
-                self.unreachable = false;
-                self.reached_ns = self.reached_ns.max(flight.sent_ns);
-                let took_ns = now_ns - flight.sent_ns;
-                // As TCP does it (RFC 6298).
-                let off_ns = self.round_trip_ns.abs_diff(took_ns);
-                self.round_trip_varies_ns = (self.round_trip_varies_ns * 3 + off_ns) / 4;
-                self.round_trip_ns = (self.round_trip_ns * 7 + took_ns) / 8;
-                self.nameless = answer.token.is_none();
-                if self.nameless {
-                    self.hello_due_ns = now_ns;
-                }
-            }
-            // It was lost with a connection, and others have got through since.
-            None if flight.sent_ns < self.reached_ns => {}
-            None if self.unreachable => {}
-            None => {
-                self.unreachable = true;
-                self.hello_due_ns = now_ns;
-            }
+            Some(answer) => self.link.answered(flight.sent_ns, answer.token.is_some(), now_ns),
+            None => self.link.failed(flight.sent_ns, now_ns),
         }
         if let Some(identity) = &identity
             && self.members.met(identity, flight.sent_ns, now_ns)
@@ -423,7 +341,7 @@ impl Coordinator {
         {
             let news = self.members.heard(census, flight.sent_ns, now_ns);
             if news {
-                self.hello_due_ns = now_ns;
+                self.link.hello_at_once(now_ns);
             }
             self.said_goodbye |= flight.is_goodbye;
         }
@@ -438,9 +356,13 @@ impl Coordinator {
         }
         if self.untold == 0 && self.members.current().is_some() && !self.members.is_refilled() {
             self.members.set_refilled();
-            self.hello_due_ns = now_ns;
+            self.link.hello_at_once(now_ns);
         }
-        self.note_usable(is_current, now_ns);
+        let counts = |window_ms| is_current && self.members.grants_count(window_ms, now_ns);
+        let all_count = self.loss.note(now_ns, counts);
+        if !all_count && self.members.current().is_some() && !self.link.is_down() {
+            self.link.hello_soon(now_ns);
+        }
     }
 
     /// The longest window there is.
@@ -450,35 +372,49 @@ impl Coordinator {
 
     /// Whether the gate has left and nothing is left to be told.
     pub fn has_left(&self) -> bool {
-        self.members.left && self.queue.is_empty() && (self.said_goodbye || self.unreachable)
+        self.members.left && self.windows.none_queued() && (self.said_goodbye || self.link.is_down())
     }
 
     /// The gate ends in good order: reports what is held everywhere, and says so last. To be called until
     /// [`Coordinator::unacked`] is 0 and nothing is left to send.
     pub fn leave(&mut self, now_ns: u64) {
-        for slot in 0..self.ledgers.len() {
-            if let Some(ledger) = &mut self.ledgers[slot] {
+        for slot in self.windows.slots() {
+            if let Some(ledger) = self.windows.get_mut(slot) {
                 ledger.give_up();
             }
-            self.enqueue(slot as u32);
+            self.windows.enqueue(slot);
         }
         self.members.left = true;
-        self.hello_due_ns = now_ns;
+        self.link.hello_at_once(now_ns);
     }
 
     fn may_say_hello(&self) -> bool {
         self.flights.values().filter(|flight| flight.has_hello).count() < HELLOS
     }
 
+    /// What is to be said of this gate, to a store whose content has a name or is to get one.
+    fn hello(&mut self, now_ns: u64) -> Option<Hello> {
+        if self.members.current().is_none() && !self.link.is_nameless() {
+            return None;
+        }
+        let grants_count = |window_ms| self.members.grants_count(window_ms, now_ns);
+        let is_settled = self.members.current().is_some() && self.loss.windows().all(grants_count);
+        let whole_list = !is_settled || self.link.is_list_due(now_ns);
+        if whole_list {
+            self.link.list_goes(now_ns);
+        }
+        Some(self.members.hello(now_ns, whole_list))
+    }
+
     fn take_in(&mut self, slot: u32, sequence: u64, answer: Option<Answer>, now_ns: u64) {
-        let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
+        let Some(ledger) = self.windows.get(slot) else {
             return;
         };
         let window_ms = ledger.window_ms;
         let circumstances = self.circumstances(window_ms, now_ns);
         let generation = self.members.generation();
         let keep_ms = self.keep_ms();
-        let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+        let Some(ledger) = self.windows.get_mut(slot) else {
             return;
         };
         let was_told = ledger.generation == generation;
@@ -492,12 +428,12 @@ impl Coordinator {
         if is_told && !was_told {
             self.untold -= 1;
         }
-        if (!is_told || (again && circumstances.grants_count)) && !self.unreachable {
-            self.enqueue(slot);
+        if (!is_told || (again && circumstances.grants_count)) && !self.link.is_down() {
+            self.windows.enqueue(slot);
         } else if again || !is_told {
-            self.watch(slot, now_ns + HELLO_SOON_NS);
+            self.windows.watch(slot, now_ns + HELLO_SOON_NS);
         } else {
-            self.watch(slot, due_ns.max(now_ns + MS));
+            self.windows.watch(slot, due_ns.max(now_ns + MS));
         }
     }
 
@@ -506,30 +442,30 @@ impl Coordinator {
         self.counts.identities += 1;
         self.untold = 0;
         let generation = self.members.generation();
-        for slot in 0..self.ledgers.len() as u32 {
-            let Some(ledger) = &mut self.ledgers[slot as usize] else {
+        for slot in self.windows.slots() {
+            let Some(ledger) = self.windows.get_mut(slot) else {
                 continue;
             };
             ledger.believe_none();
             if ledger.has_something_to_tell() {
                 self.untold += 1;
-                self.enqueue(slot);
+                self.windows.enqueue(slot);
             } else {
                 ledger.generation = generation;
             }
         }
-        self.hello_due_ns = now_ns;
+        self.link.hello_at_once(now_ns);
     }
 
     /// The store is lost: what the policy says.
     fn fall_back(&mut self, slot: u32, now_ns: u64) {
-        let Some(Some(ledger)) = self.ledgers.get(slot as usize) else {
+        let Some(ledger) = self.windows.get(slot) else {
             return;
         };
         let window_ms = ledger.window_ms;
         let circumstances = self.circumstances(window_ms, now_ns);
         let gates = self.members.count(window_ms, now_ns);
-        let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize) else {
+        let Some(ledger) = self.windows.get_mut(slot) else {
             return;
         };
         let gave = match self.settings.on_loss {
@@ -558,18 +494,7 @@ impl Coordinator {
             // Refused at once, rather than after a wait that is of no use.
             ledger.reservation.nothing_until(again_ns);
         }
-        self.watch(slot, again_ns);
-    }
-
-    fn note_usable(&mut self, answered: bool, now_ns: u64) {
-        for index in 0..self.usable_ns.len() {
-            let (window_ms, _) = self.usable_ns[index];
-            if answered && self.members.grants_count(window_ms, now_ns) {
-                self.usable_ns[index].1 = now_ns;
-            } else if self.members.current().is_some() && !self.unreachable {
-                self.hello_due_ns = self.hello_due_ns.min(now_ns + HELLO_SOON_NS);
-            }
-        }
+        self.windows.watch(slot, again_ns);
     }
 
     fn circumstances(&self, window_ms: u64, now_ns: u64) -> Circumstances {
@@ -578,8 +503,8 @@ impl Coordinator {
             generation: self.members.generation(),
             grants_count: self.members.grants_count(window_ms, now_ns),
             gates: self.members.count(window_ms, now_ns).unwrap_or(1),
-            round_trip_ns: self.round_trip_ns,
-            answer_within_ns: self.round_trip_ns + 4 * self.round_trip_varies_ns,
+            round_trip_ns: self.link.round_trip_ns(),
+            answer_within_ns: self.link.answer_within_ns(),
             slack_ms: self.members.slack_ms(window_ms, now_ns),
             keep_ms: self.keep_ms(),
         }
@@ -587,19 +512,5 @@ impl Coordinator {
 
     fn keep_ms(&self) -> u64 {
         self.settings.max_clock_skew.as_millis() as u64
-    }
-
-    fn enqueue(&mut self, slot: u32) {
-        if let Some(Some(ledger)) = self.ledgers.get_mut(slot as usize)
-            && !ledger.queued
-            && ledger.may_ask()
-        {
-            ledger.queued = true;
-            self.queue.push_back(slot);
-        }
-    }
-
-    fn watch(&mut self, slot: u32, due_ns: u64) {
-        self.due.push(Reverse((due_ns, slot)));
     }
 }
