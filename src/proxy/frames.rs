@@ -4,8 +4,11 @@
 //! is enough to know whether a frame or a header block is incomplete, which request bodies are open, whether the
 //! client could send more of them, and how many resets and control frames came.
 
+mod header;
+
 use std::time::{Duration, Instant};
 
+use self::header::*;
 use super::guard::{GuardError, Pace, PaceLimits};
 
 /// What one connection may do.
@@ -59,39 +62,12 @@ impl Upload {
     }
 }
 
-/// A frame's header, in whatever pieces it comes, and what is left of its payload.
-#[derive(Default)]
-struct FrameHeader {
-    bytes: [u8; FRAME_HEADER],
-    filled: usize,
-    payload_left: usize,
-    /// What has come of a WINDOW_UPDATE's payload, or of one of SETTINGS' entries.
-    payload: [u8; 6],
-    payload_filled: usize,
-}
-
-/// What some bytes completed.
-enum Piece {
-    Nothing,
-    Header(Frame),
-    WindowUpdate { stream: u32, increment: u32 },
-    Setting { id: u16, value: u32 },
-}
-
 /// At most `limit` events in each `period`, counted in fixed periods.
 struct Rate {
     limit: u32,
     period: Duration,
     count: u32,
     since: Instant,
-}
-
-#[derive(Clone, Copy)]
-struct Frame {
-    kind: u8,
-    flags: u8,
-    stream: u32,
-    length: usize,
 }
 
 impl FrameWatch {
@@ -121,7 +97,7 @@ impl FrameWatch {
 
     /// What we send stands at the end of a frame: another may follow.
     pub fn is_between_sent_frames(&self) -> bool {
-        self.sent.filled == 0
+        self.sent.is_between_frames()
     }
 
     /// The client sent `bytes`. A GOAWAY among them becomes a frame of a type that nobody knows, and so ignores: it
@@ -135,8 +111,7 @@ impl FrameWatch {
         let mut at = self.preface_left.min(bytes.len());
         self.preface_left -= at;
         while at < bytes.len() {
-            // Between frames, and within headers, `filled` says how much of the header came before.
-            let kind_at = (self.received.filled <= KIND_AT).then(|| at + KIND_AT - self.received.filled);
+            let kind_at = self.received.kind_in().map(|ahead| at + ahead);
             let (used, piece) = self.received.advance(&bytes[at..]);
             at += used;
             if let Some(kind) = kind_at.filter(|kind_at| *kind_at < at)
@@ -237,7 +212,7 @@ impl FrameWatch {
     }
 
     fn is_incomplete(&self) -> bool {
-        self.preface_left > 0 || self.in_header_block || self.received.filled > 0
+        self.preface_left > 0 || self.in_header_block || !self.received.is_between_frames()
     }
 
     fn received_frame(&mut self, frame: Frame) -> Result<(), GuardError> {
@@ -309,88 +284,6 @@ impl FrameWatch {
     }
 }
 
-impl FrameHeader {
-    /// Takes some of `bytes`; returns how many, and what that completed.
-    fn advance(&mut self, bytes: &[u8]) -> (usize, Piece) {
-        if self.filled < FRAME_HEADER {
-            let step = (FRAME_HEADER - self.filled).min(bytes.len());
-            self.bytes[self.filled..self.filled + step].copy_from_slice(&bytes[..step]);
-            self.filled += step;
-            if self.filled < FRAME_HEADER {
-                return (step, Piece::Nothing);
-            }
-            let frame = self.frame();
-            self.payload_left = frame.length;
-            self.payload_filled = 0;
-            if frame.length == 0 {
-                self.filled = 0;
-            }
-            return (step, Piece::Header(frame));
-        }
-        let entry = match self.bytes[KIND_AT] {
-            WINDOW_UPDATE => 4,
-            SETTINGS => 6,
-            _ => 0,
-        };
-        let mut step = self.payload_left.min(bytes.len());
-        let mut piece = Piece::Nothing;
-        if entry > 0 {
-            step = step.min(entry - self.payload_filled);
-            self.payload[self.payload_filled..self.payload_filled + step].copy_from_slice(&bytes[..step]);
-            self.payload_filled += step;
-            if self.payload_filled == entry {
-                self.payload_filled = 0;
-                let [a, b, c, d, e, f] = self.payload;
-                piece = if entry == 4 {
-                    let increment = u32::from_be_bytes([a, b, c, d]) & MAX_WINDOW;
-                    Piece::WindowUpdate {
-                        stream: self.frame().stream,
-                        increment,
-                    }
-                } else {
-                    Piece::Setting {
-                        id: u16::from_be_bytes([a, b]),
-                        value: u32::from_be_bytes([c, d, e, f]),
-                    }
-                };
-            }
-        }
-        self.payload_left -= step;
-        if self.payload_left == 0 {
-            self.filled = 0;
-        }
-        (step, piece)
-    }
-
-    fn frame(&self) -> Frame {
-        let b = &self.bytes;
-        Frame {
-            length: usize::from(b[0]) << 16 | usize::from(b[1]) << 8 | usize::from(b[2]),
-            kind: b[KIND_AT],
-            flags: b[4],
-            stream: u32::from_be_bytes([b[5], b[6], b[7], b[8]]) & 0x7fff_ffff,
-        }
-    }
-}
-
-/// RFC 9113 section 6: frames of these types have one length.
-fn check_length(frame: Frame) -> Result<(), GuardError> {
-    let is_right = match frame.kind {
-        PRIORITY => frame.length == 5,
-        RST_STREAM | WINDOW_UPDATE => frame.length == 4,
-        PING => frame.length == 8,
-        GOAWAY => frame.length >= 8,
-        SETTINGS if frame.flags & ACK != 0 => frame.length == 0,
-        SETTINGS => frame.length.is_multiple_of(6),
-        _ => true,
-    };
-    if is_right {
-        Ok(())
-    } else {
-        Err(GuardError::FrameInvalid(FRAME_SIZE_ERROR))
-    }
-}
-
 impl Rate {
     fn new(limit: u32, period: Duration) -> Self {
         Rate {
@@ -419,31 +312,6 @@ impl Rate {
 /// What every HTTP/2 client sends first.
 pub const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-const FRAME_HEADER: usize = 9;
-/// Where a frame's header has its type.
-const KIND_AT: usize = 3;
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const PRIORITY: u8 = 2;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PUSH_PROMISE: u8 = 5;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-const WINDOW_UPDATE: u8 = 8;
-const CONTINUATION: u8 = 9;
-/// A type that is not assigned; RFC 9113 section 5.5 wants such frames to be ignored.
-const IGNORED: u8 = 0xff;
-const END_STREAM: u8 = 1;
-const ACK: u8 = 1;
-const END_HEADERS: u8 = 4;
-const INITIAL_WINDOW_SIZE: u16 = 4;
-const PROTOCOL_ERROR: u32 = 1;
-const FLOW_CONTROL_ERROR: u32 = 3;
-const STREAM_CLOSED: u32 = 5;
-const FRAME_SIZE_ERROR: u32 = 6;
-/// 2^31 - 1, and the mask that leaves out the reserved bit.
-const MAX_WINDOW: u32 = 0x7fff_ffff;
 /// RFC 9113's initial connection window.
 const DEFAULT_WINDOW: i64 = 65_535;
 /// Streams whose end is remembered.
