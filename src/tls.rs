@@ -1,5 +1,5 @@
 //! TLS from files: certificates of listeners, chosen by SNI and exchanged without a restart, and what a client trusts
-//! and shows. rustls with ring; nothing here listens, connects or knows HTTP.
+//! and shows. rustls with ring; nothing here listens or connects.
 //!
 //! [`watch`] looks at the files of all listeners once a second and reads them again when they have changed and hold
 //! still, so that a certificate and its key that are written one after the other are taken over together. Whatever is
@@ -256,6 +256,26 @@ impl ClientFiles {
             identity: identity.transpose()?,
         })
     }
+}
+
+/// Begins an HTTP client of our own for the server at `url`. It follows no redirect, which could carry a token to somebody
+/// else. Where no authority is needed none is looked for: a machine that has none is no reason to fail.
+pub fn client_of(url: &str) -> reqwest::ClientBuilder {
+    // reqwest takes the process's provider. Where one is installed already, that one is kept.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let builder = reqwest::Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent(concat!("tollgate/", env!("CARGO_PKG_VERSION")));
+    if is_plain(url) {
+        builder.tls_certs_only([])
+    } else {
+        builder
+    }
+}
+
+/// Whether what lies at `url` is reached without TLS.
+pub fn is_plain(url: &str) -> bool {
+    url.starts_with("http://")
 }
 
 fn read(settings: &TlsSettings) -> Result<Served, TlsError> {

@@ -55,7 +55,7 @@ fn measure(directory: &Path) {
     eprintln!("starting a control plane with {KEYS} keys");
     let plane = Plane::start(directory);
     let bench = Bench {
-        client: http_client(&Tls::default()).expect("a client"),
+        client: http_client("http://127.0.0.1", &Tls::default()).expect("a client"),
         runtime: tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -261,7 +261,7 @@ fn gate() -> Arc<Gate> {
 }
 
 fn feed(url: &str, state: &Path, gate: &Arc<Gate>) -> Feed {
-    let client = http_client(&Tls::default()).expect("a client");
+    let client = http_client("http://127.0.0.1", &Tls::default()).expect("a client");
     let source = Source::http(url, Token::new(TOKEN).expect("a token"), client);
     Feed::new(
         Settings::new("gate-1", source, state),

@@ -453,7 +453,7 @@ fn gate_settings() -> gate::Settings {
 fn source() -> feed::Source {
     static SOURCE: OnceLock<feed::Source> = OnceLock::new();
     let make = || {
-        let client = feed::http_client(&feed::Tls::default()).expect("a client");
+        let client = feed::http_client("http://127.0.0.1", &feed::Tls::default()).expect("a client");
         feed::Source::http("http://127.0.0.1:1", feed::Token::new("fuzz").expect("a token"), client)
     };
     SOURCE.get_or_init(make).clone()

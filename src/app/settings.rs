@@ -317,14 +317,13 @@ fn http_source(url: &str, token: &str, tls: Option<&config::ClientTls>) -> Resul
     let token = feed::Token::new(token)
         .ok_or_else(|| AppError::Failed("the feed token must be visible ASCII characters".to_owned()))?;
     let tls = feed::Tls {
-        unused: url.starts_with("http://"),
         ca: tls.and_then(|tls| tls.ca.clone()),
         identity: tls
             .and_then(|tls| tls.certificate.as_ref())
             .map(|certificate| (certificate.cert.clone(), certificate.key.clone())),
         danger_skip_verify: tls.is_some_and(|tls| tls.danger_skip_verify),
     };
-    let client = feed::http_client(&tls).map_err(|error| AppError::Failed(error.to_string()))?;
+    let client = feed::http_client(url, &tls).map_err(|error| AppError::Failed(error.to_string()))?;
     Ok(feed::Source::http(url, token, client))
 }
 

@@ -7,9 +7,11 @@ use serde_json::Value;
 
 use super::args::Connection;
 use super::{Exit, Failure};
+use crate::tls::client_of;
 
 /// Longer than the control plane waits for its database, shorter than a person's patience.
 const TIMEOUT: Duration = Duration::from_secs(30);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A server and, if it asks for one, a token.
 pub struct Client {
@@ -51,18 +53,7 @@ impl Client {
                 format!("\"{base}\" is not a URL; it begins with http:// or https://"),
             ));
         }
-        // An error means that a provider is installed already, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut builder = reqwest::Client::builder()
-            .timeout(timeout)
-            .connect_timeout(Duration::from_secs(5))
-            // A redirect could carry the token to somebody else.
-            .redirect(reqwest::redirect::Policy::none())
-            .user_agent(concat!("tollgate/", env!("CARGO_PKG_VERSION")));
-        if base.starts_with("http://") {
-            // No authority is needed, and a machine without any is no reason to fail.
-            builder = builder.tls_certs_only([]);
-        }
+        let builder = client_of(&base).timeout(timeout).connect_timeout(CONNECT_TIMEOUT);
         let http = builder.build().map_err(|error| {
             Failure::new(
                 Exit::Failure,

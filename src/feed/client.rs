@@ -18,13 +18,12 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 use super::apply::{Applier, Caps, FeedError, Progress};
 use super::backoff::Backoff;
 use super::{Settings, Shared, Source};
+use crate::tls::{client_of, is_plain};
 use crate::wire::Ack;
 
 /// How the connection to the control plane is secured, where its URL is `https`.
 #[derive(Clone, Debug, Default)]
 pub struct Tls {
-    /// The URL is `http`: no authority is needed, and none is looked for.
-    pub unused: bool,
     /// PEM file of the authorities that may vouch for the control plane; `None`: the system's.
     pub ca: Option<PathBuf>,
     /// PEM files with this gate's own certificate and private key, for mutual TLS.
@@ -45,20 +44,15 @@ impl fmt::Display for ClientError {
 
 impl std::error::Error for ClientError {}
 
-/// A client for the control plane. It follows no redirect and uses no proxy: the token goes nowhere else.
-pub fn http_client(tls: &Tls) -> Result<reqwest::Client, ClientError> {
-    // reqwest takes the process's provider. Where one is installed already, that one is kept.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+/// A client for the control plane at `url`. It follows no redirect and uses no proxy: the token goes nowhere else.
+///
+/// # Errors
+/// If a file of `tls` cannot be read or used, or there are no authorities where they are needed.
+pub fn http_client(url: &str, tls: &Tls) -> Result<reqwest::Client, ClientError> {
     let read = |path: &PathBuf| std::fs::read(path).map_err(|e| ClientError(format!("{}: {e}", path.display())));
     let bad = |path: &PathBuf, error: reqwest::Error| ClientError(format!("{}: {}", path.display(), cause(&error)));
-    let mut builder = reqwest::Client::builder()
-        .connect_timeout(CONNECT_TIMEOUT)
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
-        .user_agent(concat!("tollgate/", env!("CARGO_PKG_VERSION")));
-    if tls.unused {
-        builder = builder.tls_certs_only([]);
-    } else if let Some(path) = &tls.ca {
+    let mut builder = client_of(url).connect_timeout(CONNECT_TIMEOUT).no_proxy();
+    if let Some(path) = &tls.ca {
         let authorities = reqwest::Certificate::from_pem_bundle(&read(path)?).map_err(|e| bad(path, e))?;
         builder = builder.tls_certs_only(authorities);
     }
@@ -69,7 +63,7 @@ pub fn http_client(tls: &Tls) -> Result<reqwest::Client, ClientError> {
     if tls.danger_skip_verify {
         builder = builder.tls_danger_accept_invalid_certs(true);
     }
-    let authorities_sought = !tls.unused && tls.ca.is_none();
+    let authorities_sought = !is_plain(url) && tls.ca.is_none();
     builder.build().map_err(|error| {
         ClientError(match authorities_sought {
             true => format!("{}; {NO_AUTHORITIES}", cause(&error)),

@@ -347,7 +347,7 @@ mod tests {
         assert_eq!(format!("{token:?}"), "Token(…)");
         assert!(!format!("{:?}", token.authorization()).contains("secret"));
         assert!(Token::new("").is_none() && Token::new("two words").is_none());
-        let client = http_client(&Tls::default()).unwrap();
+        let client = http_client("http://127.0.0.1", &Tls::default()).unwrap();
         let source = Source::http("https://user:pass@control.example:444/base/?token=1", token, client);
         assert_eq!(source.to_string(), "https://control.example:444/base");
         assert!(matches!(source, Source::Http { zstd: true, .. }));
@@ -357,7 +357,7 @@ mod tests {
 
     #[test]
     fn loopback_is_not_compressed() {
-        let client = http_client(&Tls::default()).unwrap();
+        let client = http_client("http://127.0.0.1", &Tls::default()).unwrap();
         for url in ["http://127.0.0.1:1", "http://localhost:1/", "http://[::1]:1"] {
             let source = Source::http(url, Token::new("t").unwrap(), client.clone());
             assert!(matches!(source, Source::Http { zstd: false, .. }), "{url}");

@@ -31,7 +31,7 @@ impl<'h> Follower<'h> {
     async fn new(harness: &'h Harness, tenant: &'h Tenant) -> Self {
         let gate = Arc::new(Gate::new(gate_support::settings(1_000_000)).unwrap());
         let directory = tempfile::tempdir().unwrap();
-        let client = http_client(&Tls::default()).unwrap();
+        let client = http_client("http://127.0.0.1", &Tls::default()).unwrap();
         let source = Source::http(harness.url(""), Token::new(FEED_TOKEN).unwrap(), client);
         let settings = Settings::new("gate-1", source, directory.path());
         let feed = Arc::new(Feed::new(settings, Arc::clone(&gate), harness.clock.clone()));
