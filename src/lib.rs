@@ -8,7 +8,7 @@
 //! | [`app`] | the composition root: configuration → running services |
 //! | [`proxy`], [`feed`], [`meter`], [`cluster`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
-//! | [`clock`], [`wire`], [`tls`] | time as a value; what gates and control plane say to each other; certificates from files |
+//! | [`clock`], `courtesy`, [`wire`], [`tls`] | time as a value; long work that gives way to requests; what gates and control plane say to each other; certificates from files |
 //!
 //! Chapters of the manual: [`architecture`] is how it fits together, [`limits`] what a limit promises, [`embedding`] for
 //! services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL, replicas, backup), [`running_many_gates`], [`operations`], [`metrics`],
@@ -25,6 +25,7 @@ pub mod config;
 pub mod control;
 #[doc = include_str!("manual/control-plane.md")]
 pub mod control_plane {}
+mod courtesy;
 #[doc = include_str!("manual/embedding.md")]
 pub mod embedding {}
 pub mod feed;

@@ -12,6 +12,7 @@ use super::lines::{LineSplitter, LineTooLong};
 use super::parse::{Line, MAX_LINE_BYTES, ParseError};
 use super::plain::read_key;
 use super::record::{Change, is_usable};
+use crate::courtesy::Courtesy;
 use crate::gate::{KeyError, KeyUpdate, Resync};
 
 /// The lines of one connection, applied as they come.
@@ -176,6 +177,7 @@ struct Staging<'g> {
     unusable: u64,
     bytes: u64,
     checksum: Xxh3,
+    courtesy: Courtesy,
 }
 
 impl<'s> Applier<'s> {
@@ -269,6 +271,7 @@ impl<'s> Applier<'s> {
             unusable: 0,
             bytes: 0,
             checksum: Xxh3::new(),
+            courtesy: Courtesy::every(KEYS_AT_ONCE),
         }));
         Ok(())
     }
@@ -363,17 +366,14 @@ impl<'s> Applier<'s> {
 /// Room made in advance for a snapshot's keys; more make room as they come.
 const RESERVE_AT_MOST_KEYS: u64 = 4_000_000;
 
-/// After so many keys of a snapshot, a tenth of a millisecond's work, whoever waits for the processor goes first: a thread
-/// that never waits itself may be left running for 3 ms, and a request that comes meanwhile would wait for as long.
-const KEYS_AT_ONCE: u64 = 64;
+/// Keys of a snapshot between two offers of the processor: a tenth of a millisecond's work.
+const KEYS_AT_ONCE: u32 = 64;
 
 impl Staging<'_> {
     /// Adds the key that was read from `line`.
     fn add(&mut self, line: &[u8], caps: Caps, shared: &Shared) -> Result<(), FeedError> {
         self.seen += 1;
-        if self.seen.is_multiple_of(KEYS_AT_ONCE) {
-            std::thread::yield_now();
-        }
+        self.courtesy.step();
         self.bytes += line.len() as u64;
         if self.seen > self.expected {
             return Err(FeedError::Unexpected(

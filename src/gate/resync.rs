@@ -7,6 +7,7 @@ use super::snapshot::{SecretsBuilder, Snapshot};
 use super::terms::Terms;
 use super::update::{KeyError, KeyUpdate};
 use super::writer::Writer;
+use crate::courtesy::Courtesy;
 use std::fmt;
 use std::sync::Arc;
 
@@ -151,7 +152,9 @@ impl Resync<'_> {
     fn take_leave(&self, writer: &mut Writer) -> Vec<SlotId> {
         let gate = self.gate;
         let (mut leaving_keys, mut free) = (vec![], vec![]);
+        let mut courtesy = Courtesy::every(SLOTS_AT_ONCE);
         for id in writer.slot_ids() {
+            courtesy.step();
             let Some((slot, owner)) = gate.slots.get(id).and_then(|slot| Some((slot, slot.owner(id)?))) else {
                 continue;
             };
@@ -208,6 +211,9 @@ impl fmt::Debug for Resync<'_> {
         f.debug_struct("Resync").finish_non_exhaustive()
     }
 }
+
+/// Slots that are looked at between two offers of the processor.
+const SLOTS_AT_ONCE: u32 = 4096;
 
 /// A set of slots, a bit for each.
 #[derive(Default)]

@@ -386,6 +386,6 @@ struct Changed {
     free: Vec<SlotId>,
 }
 
-/// About a millisecond's work.
-const EXPORTED_AT_ONCE: SlotId = 1024;
+/// A tenth of a millisecond's work: whoever waits for the processor goes first then.
+const EXPORTED_AT_ONCE: SlotId = 128;
 const EXPORT_PAUSE: Duration = Duration::from_micros(50);

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::clock::Now;
+use crate::courtesy::Courtesy;
 use crate::gate::Gate;
 use crate::gate::window::WindowCounts;
 
@@ -89,7 +90,9 @@ impl Journal {
     pub fn append(&mut self, gate: &Gate, now: Now) -> io::Result<()> {
         let mut changed = std::mem::take(&mut self.unwritten);
         let clock = WallClock::at(now);
+        let mut courtesy = Courtesy::every(RECORDS_AT_ONCE);
         gate.drain_windows(now, &mut |window| {
+            courtesy.step();
             let counts = window
                 .counts
                 .iter()
@@ -219,6 +222,7 @@ struct Reader {
     record: Vec<u8>,
     /// Where the next record begins.
     offset: u64,
+    courtesy: Courtesy,
 }
 
 /// What is wrong with a record.
@@ -230,10 +234,12 @@ impl Reader {
             reader: BufReader::with_capacity(1 << 20, File::open(path)?),
             record: Vec::new(),
             offset: 0,
+            courtesy: Courtesy::every(RECORDS_AT_ONCE),
         })
     }
 
     fn next(&mut self) -> Result<Option<Record<'_>>, Damage> {
+        self.courtesy.step();
         if self.offset == 0 {
             let mut magic = [0; MAGIC.len()];
             if self.fill(&mut magic)? < magic.len() || magic != *MAGIC {
@@ -460,6 +466,8 @@ const MAX_RECORD_BYTES: usize = 64 * 1024;
 const MAX_ENTRIES: u64 = 128;
 const MAX_WINDOW_MS: u64 = 30 * 24 * 3600 * 1_000;
 const A_SECOND_NS: i128 = 1_000_000_000;
+/// Records that are made or read between two offers of the processor.
+const RECORDS_AT_ONCE: u32 = 128;
 /// Some 100,000 windows of an ordinary kind; not worth the trouble below that.
 const COMPACT_ABOVE_BYTES: u64 = 16 << 20;
 const UNWRITTEN_AT_MOST_BYTES: usize = 64 << 20;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::courtesy::Courtesy;
 use crate::gate::Gate;
 use crate::wire::{LastUsed, PermitCount, RefusalCount, UsageBatch};
 
@@ -42,8 +43,10 @@ pub struct Drained {
 pub fn drain(gate: &Gate, minute: i64, tally: &mut Tally) -> Drained {
     let mut drained = Drained::default();
     let mut last_used = Vec::new();
+    let mut courtesy = Courtesy::every(KEYS_AT_ONCE);
     gate.drain_permits(
         &mut |used| {
+            courtesy.step();
             if used.limited > 0 {
                 *drained.refusals.entry(RATE_LIMITED.to_owned()).or_default() += used.limited;
                 let refused = Refused {
@@ -165,9 +168,11 @@ impl Tally {
     /// The tally as batches of at most `entries` entries, numbered from `sequence`. In a fixed order, so that the same
     /// tally gives the same bytes.
     pub fn batches(&self, gate: &str, run: &str, sequence: u64, entries: usize) -> Vec<UsageBatch> {
+        let mut courtesy = Courtesy::every(ENTRIES_AT_ONCE);
         let mut permits: Vec<PermitCount> = self
             .permits
             .iter()
+            .inspect(|_| courtesy.step())
             .map(|(key, count)| PermitCount {
                 key: key.key.to_string(),
                 tier: key.tier.to_string(),
@@ -195,6 +200,7 @@ impl Tally {
         let mut last_used: Vec<LastUsed> = self
             .last_used_ms
             .iter()
+            .inspect(|_| courtesy.step())
             .map(|((key, secret), at_ms)| LastUsed {
                 key: key.to_string(),
                 secret: secret.to_string(),
@@ -234,6 +240,10 @@ fn take<T>(from: &mut Vec<T>, room: &mut usize) -> Vec<T> {
 
 /// The gate counts these with the key's windows, not among the other refusals.
 const RATE_LIMITED: &str = "RATE_LIMITED";
+/// Keys that are drained between two offers of the processor.
+const KEYS_AT_ONCE: u32 = 64;
+/// Entries of a batch that are made between two.
+const ENTRIES_AT_ONCE: u32 = 256;
 
 #[cfg(test)]
 mod tests {
