@@ -178,6 +178,8 @@ pub enum KeyId {
 impl KeyId {
     /// The longest id that is held inline, in bytes.
     pub const INLINE: usize = 23;
+    /// The empty id, which is no key's.
+    pub(super) const NONE: KeyId = KeyId::Inline([[0; 8]; 3]);
 
     /// The id as text.
     pub fn as_str(&self) -> &str {

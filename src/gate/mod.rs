@@ -1,13 +1,14 @@
 //! The decision: may this request pass?
 //!
 //! Synchronous, no I/O, no allocation once a key has been seen in a tier, no lock, no HTTP server. [`Gate::check`] is
-//! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `parts`, `slots`
-//! and `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
+//! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `pages`,
+//! `parts`, `slots` and `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
 //! `update` and `resync` (with `writer` and `retired`), `usage`.
 
 pub mod credential;
 pub mod key;
 pub mod limit;
+mod pages;
 mod parts;
 mod policy;
 mod quota;
@@ -16,6 +17,7 @@ mod resync;
 mod retired;
 mod route;
 mod scope;
+mod shared;
 mod slots;
 mod snapshot;
 mod sync;
@@ -41,19 +43,19 @@ use crate::clock::Now;
 use arc_swap::{ArcSwap, Guard};
 use credential::NoCredential;
 use http::{HeaderMap, Method};
-use key::SecretDigest;
+use key::{KeyForms, KeyId, SecretDigest};
 use limit::Limit;
 use policy::{NameTables, Plan, Policy};
-use quota::{GivenBack, InFlight, KeyWindows, Outcome, SharedOutcome};
+use quota::{GivenBack, InFlight, KeyWindows, Outcome};
 use reservation::Reservation;
-use retired::Retired;
+use retired::{Retired, Unused};
 use scope::NameId;
 use slots::{Mark, Slot, SlotId, Slots, WindowsCell};
-use snapshot::InForce;
+use snapshot::{Facts, InForce};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use terms::Terms;
+use terms::{Known, NO_TERMS, Terms, TermsId};
 use throttle::{AddressWindows, FailedAttempts};
 use usage::{Leftovers, RefusalCounts};
 use verdict::Counted;
@@ -106,7 +108,10 @@ impl Gate {
         let names = NameTables::default();
         Ok(Gate {
             in_force: ArcSwap::from_pointee(InForce {
-                policy: Arc::new(Policy::compile(settings, &names)?),
+                facts: Arc::new(Facts {
+                    policy: Arc::new(Policy::compile(settings, &names)?),
+                    terms: Known::default(),
+                }),
                 snapshot: None,
             }),
             stale: AtomicBool::new(false),
@@ -132,27 +137,17 @@ impl Gate {
         }
     }
 
-    /// Counts a refusal that was not the last word when it was made ([`Refusal::wanted`]) and is now.
-    pub fn count_refusal(&self, refusal: &Refusal, now: Now) {
-        let (Some(wanted), Some(counted), Some(route)) = (&refusal.wanted, &refusal.counted, &refusal.route) else {
-            return;
-        };
-        let Some(tier) = route.tier() else { return };
-        let windows = self.slots.windows(wanted.owner).load();
-        if let Some(windows) = &*windows
-            && windows.add_refusal(tier.id, counted.limit, now.elapsed_ns).is_ok()
-        {
-            self.slots.mark(wanted.owner, Mark::Permits);
-        }
-    }
-
     /// Puts other settings in force. Limits apply at once to what is counted already.
     ///
     /// # Errors
     /// [`SettingsError`]; the old settings then stay in force.
     pub fn reload(&self, settings: Settings) -> Result<(), SettingsError> {
         let policy = Arc::new(Policy::compile(settings, &self.names)?);
-        self.put_in_force(|in_force| in_force.policy = policy, vec![]);
+        let change = |in_force: &mut InForce| {
+            let terms = in_force.facts.terms.clone();
+            in_force.facts = Arc::new(Facts { policy, terms });
+        };
+        self.put_in_force(change, Unused::default());
         Ok(())
     }
 
@@ -178,27 +173,30 @@ impl Gate {
     /// their request. A public rule's always would.
     pub fn still_permits(&self, permit: &PermitTicket, now: Now) -> bool {
         let Some(secret) = &permit.0 else { return true };
-        let in_force = self.in_force.load();
-        let found = in_force
-            .snapshot
-            .as_ref()
-            .and_then(|keys| keys.find(&self.slots, secret));
-        found.is_some_and(|(_, slot)| {
-            let terms = slot.terms.load();
-            let held = terms.as_ref().filter(|_| slot.holds(secret));
-            held.is_some_and(|terms| terms.state(now).is_none())
-        })
+        loop {
+            let in_force = self.in_force.load();
+            let snapshot = in_force.snapshot.as_ref();
+            let Some((_, slot)) = snapshot.and_then(|keys| keys.find(&self.slots, secret)) else {
+                return false;
+            };
+            match in_force.facts.terms.get(slot.terms()) {
+                Some(terms) => return slot.holds(secret) && terms.state(now).is_none(),
+                None if self.is_in_force(&in_force) => return false,
+                None => {}
+            }
+        }
     }
 
     /// Whether an `Authorization` value carries what could be one of our keys.
     pub fn is_bearer_key(&self, authorization: &[u8]) -> bool {
-        credential::bearer_token(authorization).is_some_and(|token| self.in_force.load().policy.forms.admits(token))
+        credential::bearer_token(authorization)
+            .is_some_and(|token| self.in_force.load().facts.policy.forms.admits(token))
     }
 
     /// Whether two paths fall under the same rule, for a path that servers read in two ways.
     pub fn is_same_rule(&self, host: &str, method: &Method, path: &str, other: &str) -> bool {
         let in_force = self.in_force.load();
-        let policy = &*in_force.policy;
+        let policy = &*in_force.facts.policy;
         let rule = |path| policy.routes.find(host, path, method).unwrap_or(&policy.fallback);
         Arc::ptr_eq(rule(path), rule(other))
     }
@@ -209,28 +207,44 @@ impl Gate {
     /// A [`Refusal`], with what the client needs to act on it.
     pub fn check(&self, request: &RequestHead<'_>, now: Now) -> Result<Permit, Refusal> {
         let in_force = self.in_force.load();
-        let policy = &*in_force.policy;
+        let facts = &in_force.facts;
+        let policy = &*facts.policy;
+        // Before the rule, though a public one has no use for it: a digest is one long chain of dependent steps, beside which
+        // the processor finds the rule in no time of its own.
+        let credential = Credential::of(request.headers, &policy.forms);
         let route = policy
             .routes
             .find(request.host, request.path, request.method)
             .unwrap_or(&policy.fallback);
         match &route.access {
-            Access::Public(limit) => self.check_public(route, limit.as_ref(), request.client, now),
+            Access::Public(limit) => self.check_public(facts, route, limit.as_ref(), request.client, now),
             Access::Keyed {
                 scope,
                 tier,
                 environments,
             } => {
                 let rule = Rule {
+                    facts,
                     policy,
                     route,
                     scope: scope.as_ref(),
                     tier,
                     environments: environments.as_ref(),
                 };
-                self.check_keyed(&in_force, &rule, request, now)
+                self.check_keyed(&in_force, &rule, &credential, request, now)
             }
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn check_again(&self, request: &RequestHead<'_>, now: Now) -> Result<Permit, Refusal> {
+        self.check(request, now)
+    }
+
+    /// Whether nothing else was put in force meanwhile.
+    fn is_in_force(&self, held: &Guard<Arc<InForce>>) -> bool {
+        Arc::ptr_eq(&self.in_force.load(), held)
     }
 
     /// Refuses, and counts it. Not for a tier's limit, which is counted with the key's windows.
@@ -241,6 +255,7 @@ impl Gate {
 
     fn check_public(
         &self,
+        facts: &Arc<Facts>,
         route: &Arc<Route>,
         limit: Option<&PublicLimit>,
         client: IpAddr,
@@ -273,49 +288,62 @@ impl Gate {
             }
         };
         Ok(Permit {
-            route: route.clone(),
-            holder: None,
+            facts: facts.clone(),
+            route: route.id,
+            key_id: KeyId::NONE,
+            terms: NO_TERMS,
+            secret: SecretDigest::NONE,
             counted,
             credential_in_authorization: false,
-            sandbox: false,
-            secret: None,
             _in_flight: None,
             wanted: None,
         })
     }
 
+    #[inline(always)]
     fn check_keyed(
         &self,
-        in_force: &InForce,
+        in_force: &Guard<Arc<InForce>>,
         rule: &Rule<'_>,
+        credential: &Credential,
         request: &RequestHead<'_>,
         now: Now,
     ) -> Result<Permit, Refusal> {
         let refuse = |reason| self.refuse(rule.refusal(reason));
-        let presented = match credential::find(request.headers) {
-            Ok(presented) => presented,
-            Err(NoCredential::Missing) => return refuse(Reason::MissingKey),
-            Err(NoCredential::Conflicting) => return refuse(Reason::ConflictingCredentials),
+        let (digest, in_authorization) = match credential {
+            Credential::Key {
+                digest,
+                in_authorization,
+            } => (digest, *in_authorization),
+            Credential::None(NoCredential::Missing) => return refuse(Reason::MissingKey),
+            Credential::None(NoCredential::Conflicting) => return refuse(Reason::ConflictingCredentials),
+            Credential::Malformed => {
+                return refuse(self.failed_attempt(rule, request.client, Reason::MalformedKey, now));
+            }
         };
-        if !rule.policy.forms.admits(presented.bytes()) {
-            return refuse(self.failed_attempt(rule, request.client, Reason::MalformedKey, now));
-        }
-        let digest = SecretDigest::of(presented.bytes());
         let Some(snapshot) = in_force.snapshot.as_ref().filter(|_| !self.stale.load(Relaxed)) else {
             return refuse(Reason::NotReady);
         };
         let unknown = || refuse(self.failed_attempt(rule, request.client, Reason::UnknownKey, now));
-        let Some((id, secret)) = snapshot.find(&self.slots, &digest) else {
+        let Some((id, secret)) = snapshot.find(&self.slots, digest) else {
             return unknown();
         };
         // Asked for before anything is waited for: an exchange, as each load of a pointer makes one, waits for all that was
         // asked for, and what leads to the windows is likely to be far away, as the slot is.
         let windows = self.slots.windows(id).load();
-        let terms = secret.terms.load();
-        // A slot in use has terms and an owner; were it not so, the key could not be vouched for. The second look at the
-        // digest is for terms of another secret that came into this slot between the first and the terms.
+        let terms_id = secret.terms();
+        let Some(terms) = rule.facts.terms.get(terms_id) else {
+            // They came after what is held here, unless the secret has gone.
+            return if self.is_in_force(in_force) {
+                unknown()
+            } else {
+                self.check_again(request, now)
+            };
+        };
+        // A slot in use has an owner; were it not so, the key could not be vouched for. The second look at the digest is for
+        // terms of another secret that came into this slot between the first and the terms.
         let key = secret.owner(id).and_then(|owner| Some((owner, self.slots.get(owner)?)));
-        let (Some(terms), Some((owner, slot)), true) = (&*terms, key, secret.holds(&digest)) else {
+        let (Some((owner, slot)), true) = (key, secret.holds(digest)) else {
             return unknown();
         };
         let windows = if owner == id {
@@ -327,15 +355,16 @@ impl Gate {
             owner,
             slot,
             terms,
+            terms_id,
             secret,
             digest,
-            in_authorization: presented.in_authorization(),
+            in_authorization,
         };
         self.check_key(rule, &key, windows, now)
     }
 
     /// The steps that need the key: its state, its environment and scopes, its limits.
-    #[inline]
+    #[inline(always)]
     fn check_key(
         &self,
         rule: &Rule<'_>,
@@ -372,102 +401,10 @@ impl Gate {
                     remaining: taken.remaining,
                     reset_s: taken.reset_s,
                 };
-                Ok(rule.permit(key, counted, in_flight, None, now))
+                rule.permit(key, counted, in_flight, None, now)
             }
             Err(NotTaken::TooManyInFlight) => refuse(Reason::TooManyInFlight),
             Err(NotTaken::Limited { retry_after_s, reset_s }) => Err(rule.limited(key, limit, retry_after_s, reset_s)),
-        }
-    }
-
-    /// [`Gate::take_permit`] where the limit is shared with other gates.
-    #[inline(never)]
-    fn take_shared(
-        &self,
-        rule: &Rule<'_>,
-        key: &Key<'_>,
-        mut loaded: Guard<Option<Arc<KeyWindows>>>,
-        plan: &Plan,
-        limit: Limit,
-        now: Now,
-    ) -> Result<Permit, Refusal> {
-        let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
-        let limited = |retry_after_s, reset_s| rule.limited(key, limit, retry_after_s, reset_s);
-        let mut spent = None;
-        loop {
-            let made;
-            let windows = match &*loaded {
-                Some(windows) => windows,
-                None => {
-                    made = self.windows_of(key.owner, tier, limit, now);
-                    &made
-                }
-            };
-            if spent.is_none() {
-                let make = || Reservation::new(key.slot.key_id().as_str(), &rule.tier.name, limit);
-                let reservation = match windows.reservation(tier, limit, make) {
-                    Ok(reservation) => reservation,
-                    Err(GivenBack) => {
-                        loaded = self.without(key.owner, &loaded);
-                        continue;
-                    }
-                };
-                let entered = plan.max_in_flight.map(|cap| windows.enter(cap));
-                if entered == Some(false) {
-                    return self.refuse(rule.refusal_of(Reason::TooManyInFlight, key));
-                }
-                let in_flight = entered.map(|_| InFlight::entered(windows.clone()));
-                let mut tell = false;
-                match windows.take_shared(&reservation, tier, limit, now_ns, &mut tell) {
-                    Err(GivenBack) => {
-                        loaded = self.without(key.owner, &loaded);
-                        continue;
-                    }
-                    Ok(SharedOutcome::Limited { retry_after_s }) => {
-                        self.slots.mark(key.owner, Mark::Permits);
-                        return Err(limited(retry_after_s, retry_after_s));
-                    }
-                    Ok(SharedOutcome::Dry) => {
-                        let mut refusal = limited(1, reservation.reset_s(now_ns));
-                        refusal.wanted = Some(Wanted {
-                            reservation,
-                            tell,
-                            owner: key.owner,
-                        });
-                        return Err(refusal);
-                    }
-                    Ok(SharedOutcome::Alone(Outcome::Limited { retry_after_s, reset_s })) => {
-                        self.slots.mark(key.owner, Mark::Permits);
-                        return Err(limited(retry_after_s, reset_s));
-                    }
-                    Ok(SharedOutcome::Alone(Outcome::Taken { taken, newly_active })) => {
-                        self.note_active(key.owner, newly_active);
-                        let counted = Counted {
-                            limit,
-                            remaining: taken.remaining,
-                            reset_s: taken.reset_s,
-                        };
-                        return Ok(rule.permit(key, counted, in_flight, None, now));
-                    }
-                    Ok(SharedOutcome::Spent { remaining, reset_s }) => {
-                        let counted = Counted {
-                            limit,
-                            remaining: remaining.min(limit.permits()),
-                            reset_s,
-                        };
-                        spent = Some(rule.permit(key, counted, in_flight, tell.then_some(reservation), now));
-                    }
-                }
-            }
-            // What was spent is recorded, if need be in windows that came after.
-            match windows.record(tier, limit, now_ns) {
-                Err(GivenBack) => loaded = self.without(key.owner, &loaded),
-                Ok(newly_active) => {
-                    self.note_active(key.owner, newly_active);
-                    if let Some(permit) = spent.take() {
-                        return Ok(permit);
-                    }
-                }
-            }
         }
     }
 
@@ -478,7 +415,7 @@ impl Gate {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn take_permit(
         &self,
         rule: &Rule<'_>,
@@ -567,8 +504,34 @@ impl Gate {
     }
 }
 
+/// What a request shows of whose it is.
+enum Credential {
+    None(NoCredential),
+    /// It cannot be one of ours, and was not hashed.
+    Malformed,
+    Key {
+        digest: SecretDigest,
+        in_authorization: bool,
+    },
+}
+
+impl Credential {
+    #[inline(always)]
+    fn of(headers: &HeaderMap, forms: &KeyForms) -> Self {
+        match credential::find(headers) {
+            Ok(presented) if forms.admits(presented.bytes()) => Credential::Key {
+                digest: SecretDigest::of(presented.bytes()),
+                in_authorization: presented.in_authorization(),
+            },
+            Ok(_) => Credential::Malformed,
+            Err(none) => Credential::None(none),
+        }
+    }
+}
+
 /// The rule that a request falls under, taken apart.
 struct Rule<'a> {
+    facts: &'a Arc<Facts>,
     policy: &'a Policy,
     route: &'a Arc<Route>,
     scope: Option<&'a RequiredScope>,
@@ -589,26 +552,29 @@ struct Key<'a> {
     slot: &'a Slot,
     /// What is said of the secret that was presented.
     terms: &'a Arc<Terms>,
+    terms_id: TermsId,
     /// The slot of that secret.
     secret: &'a Slot,
-    digest: SecretDigest,
+    digest: &'a SecretDigest,
     /// Whether it came in `Authorization`.
     in_authorization: bool,
 }
 
 impl Key<'_> {
     #[inline]
-    fn holder(&self) -> Holder {
-        Holder {
-            id: self.slot.key_id(),
-            terms: self.terms.clone(),
+    fn id(&self) -> KeyId {
+        match (self.slot.inline_id(), &self.terms.long_id) {
+            (Some(id), _) => id,
+            (None, Some(id)) => KeyId::Shared(id.clone()),
+            // Terms of keys with long ids have them.
+            (None, None) => "".into(),
         }
     }
 }
 
 impl Rule<'_> {
     /// Lets the request pass, which is a use of the secret. Made where it is returned: it is too large to be moved about.
-    #[inline]
+    #[inline(always)]
     fn permit(
         &self,
         key: &Key<'_>,
@@ -616,18 +582,19 @@ impl Rule<'_> {
         in_flight: Option<InFlight>,
         wanted: Option<Arc<Reservation>>,
         now: Now,
-    ) -> Permit {
+    ) -> Result<Permit, Refusal> {
         key.secret.last_used_s.store((now.unix_ms / 1000) as u32, Relaxed);
-        Permit {
-            route: self.route.clone(),
-            holder: Some(key.holder()),
+        Ok(Permit {
+            facts: self.facts.clone(),
+            route: self.route.id,
+            key_id: key.id(),
+            terms: key.terms_id,
+            secret: *key.digest,
             counted: Some(counted),
             credential_in_authorization: key.in_authorization,
-            sandbox: self.policy.sandboxes.contains(key.terms.environment_id),
-            secret: Some(key.digest),
             _in_flight: in_flight,
             wanted,
-        }
+        })
     }
 
     fn limited(&self, key: &Key<'_>, limit: Limit, retry_after_s: u32, reset_s: u32) -> Refusal {
@@ -652,7 +619,7 @@ impl Rule<'_> {
 
     fn refusal_of(&self, reason: Reason, key: &Key<'_>) -> Refusal {
         Refusal {
-            holder: Some(key.holder()),
+            holder: Some((key.id(), key.terms.clone())),
             ..self.refusal(reason)
         }
     }

@@ -2,7 +2,7 @@
 
 use super::key::{Checksum, Foreign, KeyForms};
 use super::limit::Limit;
-use super::route::{Access, Pattern, PublicLimit, RequiredScope, Route, Routes, Tier};
+use super::route::{Access, Pattern, PublicLimit, RequiredScope, Route, RouteId, Routes, Tier};
 use super::scope::{NameId, NameSet, Names, TooManyNames};
 use http::HeaderValue;
 use std::collections::HashMap;
@@ -203,6 +203,8 @@ pub(super) struct Policy {
     pub forms: KeyForms,
     pub routes: Routes,
     pub fallback: Arc<Route>,
+    /// By their numbers; the fallback is the last.
+    all_routes: Box<[Arc<Route>]>,
     pub failed_attempts: FailedAttemptsSettings,
     pub sandboxes: NameSet,
     /// By plan number; keys whose plan is not among them get `base`.
@@ -305,16 +307,18 @@ impl Policy {
                     }
                 }
             };
-            let compiled = Route {
+            let compiled = Arc::new(Route {
+                id: RouteId(rules.len() as u32),
                 name: route.name.into(),
                 access,
                 upstream: route.upstream.into(),
                 sandbox_upstream: route.sandbox_upstream.map(Into::into),
                 upgrade: route.upgrade,
-            };
+            });
             rules.push((route.pattern, compiled));
         }
-        let fallback = Route {
+        let fallback = Arc::new(Route {
+            id: RouteId(rules.len() as u32),
             name: "default".into(),
             access: Access::Keyed {
                 scope: None,
@@ -324,7 +328,13 @@ impl Policy {
             upstream: settings.default_upstream.into(),
             sandbox_upstream: None,
             upgrade: false,
-        };
+        });
+        let all_routes = rules
+            .iter()
+            .map(|(_, route)| route)
+            .chain([&fallback])
+            .cloned()
+            .collect();
         Ok(Policy {
             forms: KeyForms::new(
                 settings.environments.iter().map(|environment| &environment.prefix),
@@ -335,7 +345,8 @@ impl Policy {
                 one: clash.routes.0.into(),
                 other: clash.routes.1.into(),
             })?,
-            fallback: Arc::new(fallback),
+            fallback,
+            all_routes,
             failed_attempts: settings.failed_attempts,
             sandboxes: settings
                 .environments
@@ -346,6 +357,11 @@ impl Policy {
             plans,
             base,
         })
+    }
+
+    /// The rule with this number, which one of this policy's rules has.
+    pub fn route(&self, id: RouteId) -> &Arc<Route> {
+        self.all_routes.get(id.0 as usize).unwrap_or(&self.fallback)
     }
 
     /// The limits that hold for every plan unless it says otherwise.

@@ -2,14 +2,14 @@
 
 use super::Gate;
 use super::key::SecretDigest;
+use super::pages::SecretsBuilder;
 use super::slots::SlotId;
-use super::snapshot::{SecretsBuilder, Snapshot};
-use super::terms::Terms;
+use super::snapshot::Snapshot;
+use super::terms::TermsId;
 use super::update::{KeyError, KeyUpdate};
 use super::writer::Writer;
 use crate::courtesy::Courtesy;
 use std::fmt;
-use std::sync::Arc;
 
 impl Gate {
     /// Starts a full snapshot, built aside. Dropped without [`Resync::commit`], nothing has happened.
@@ -45,7 +45,7 @@ pub struct Resync<'g> {
     writer: Option<Box<Writer>>,
     secrets: Option<SecretsBuilder>,
     /// New terms of slots that are in use now; those whose terms stay are not among them.
-    staged: Vec<(SlotId, Arc<Terms>)>,
+    staged: Vec<(SlotId, TermsId)>,
     /// The owner slots of keys that were not there before.
     new_keys: SlotSet,
     /// Slots of further secrets, to be attached to their owners.
@@ -64,7 +64,7 @@ impl Resync<'_> {
     /// # Errors
     /// [`KeyError`]; the snapshot is then not to be committed.
     pub fn add(&mut self, update: &KeyUpdate) -> Result<bool, KeyError> {
-        let (Some(writer), Some(secrets)) = (&mut self.writer, &self.secrets) else {
+        let (Some(writer), Some(secrets)) = (&mut self.writer, &mut self.secrets) else {
             return Err(KeyError::Busy);
         };
         let gate = self.gate;
@@ -80,7 +80,7 @@ impl Resync<'_> {
             let id = match held {
                 Some((id, slot)) => {
                     // Nobody else changes terms while a resync has the writer.
-                    if !slot.terms.load().as_ref().is_some_and(|held| Arc::ptr_eq(held, &terms)) {
+                    if slot.terms() != terms {
                         self.staged.push((id, terms));
                     }
                     id
@@ -98,7 +98,8 @@ impl Resync<'_> {
                         owner
                     };
                     if let Some(slot) = gate.slots.get(id) {
-                        slot.put(&digest, terms);
+                        writer.terms.give(slot, terms);
+                        slot.put(&digest);
                     }
                     id
                 }
@@ -129,10 +130,10 @@ impl Resync<'_> {
         let gate = self.gate;
         let _reclaiming = gate.reclaiming();
         let snapshot = Snapshot::new(revision, secrets.build());
-        gate.put_in_force(|in_force| in_force.snapshot = Some(snapshot), vec![]);
+        gate.put_keys_in_force(&mut writer, Some(snapshot), vec![]);
         for (id, terms) in self.staged.drain(..) {
             if let Some(slot) = gate.slots.get(id) {
-                slot.terms.store(Some(terms));
+                writer.terms.give(slot, terms);
             }
         }
         for (owner, id) in self.new_secrets.drain(..) {
@@ -141,9 +142,9 @@ impl Resync<'_> {
         let free = self.take_leave(&mut writer);
         // No map leads to what was taken out.
         writer.gone.clear();
-        gate.put_in_force(|_| (), free);
-        gate.use_again(&mut writer);
         writer.terms.forget_unused();
+        gate.put_keys_in_force(&mut writer, None, free);
+        gate.use_again(&mut writer);
         gate.return_writer(writer);
         Ok(())
     }
@@ -194,7 +195,7 @@ impl Drop for Resync<'_> {
         for owner in writer.slot_ids().filter(|id| self.new_keys.contains(*id)) {
             gate.release_key(&mut writer, owner, &mut free);
         }
-        gate.put_in_force(|_| (), free);
+        gate.put_keys_in_force(&mut writer, None, free);
         gate.use_again(&mut writer);
         gate.return_writer(writer);
     }

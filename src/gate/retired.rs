@@ -1,7 +1,7 @@
 //! When memory that readers may be looking at can be used again.
 //!
 //! A reader holds what is in force when its request comes, for one decision. A writer that takes something out of use (a
-//! slot, a map) first puts something else in force, and lays what it replaced in this queue, with the slots that can be
+//! slot, a map, the number of terms) first puts something else in force, and lays what it replaced in this queue, with the slots that can be
 //! reached through it and nothing later. An `ArcSwap` that is written to turns every reader's hold on the old value into
 //! a count of its `Arc`, so when an entry's `Arc` is ours alone, the last reader of that moment has left; when it is so
 //! for all entries up to one, nobody is in its slots. Readers wait for nothing, and writers do not wait for them: what
@@ -11,28 +11,39 @@
 
 use super::slots::SlotId;
 use super::snapshot::InForce;
+use super::terms::TermsId;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// What was in force, oldest first.
 #[derive(Debug, Default)]
-pub(super) struct Retired(VecDeque<(Arc<InForce>, Vec<SlotId>)>);
+pub(super) struct Retired(VecDeque<(Arc<InForce>, Unused)>);
+
+/// Numbers of what is of no use any more, and may be used for something else.
+#[derive(Debug, Default)]
+pub(super) struct Unused {
+    pub slots: Vec<SlotId>,
+    pub terms: Vec<TermsId>,
+}
 
 impl Retired {
-    /// Lays down what was replaced just now, and the slots that are of no use since.
-    pub fn push(&mut self, replaced: Arc<InForce>, slots: Vec<SlotId>) {
-        self.0.push_back((replaced, slots));
+    /// Lays down what was replaced just now, and what is of no use since.
+    pub fn push(&mut self, replaced: Arc<InForce>, unused: Unused) {
+        self.0.push_back((replaced, unused));
     }
 
-    /// The slots that no reader can be in any more.
-    pub fn take_free(&mut self) -> Vec<SlotId> {
-        let mut free = vec![];
-        while let Some((replaced, slots)) = self.0.pop_front() {
+    /// What no reader can be in any more.
+    pub fn take_free(&mut self) -> Unused {
+        let mut free = Unused::default();
+        while let Some((replaced, mut unused)) = self.0.pop_front() {
             match Arc::try_unwrap(replaced) {
                 // That acquires what the readers did before they left.
-                Ok(_) => free.extend(slots),
+                Ok(_) => {
+                    free.slots.append(&mut unused.slots);
+                    free.terms.append(&mut unused.terms);
+                }
                 Err(replaced) => {
-                    self.0.push_front((replaced, slots));
+                    self.0.push_front((replaced, unused));
                     break;
                 }
             }

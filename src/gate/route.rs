@@ -27,7 +27,12 @@ pub struct Route {
     pub sandbox_upstream: Option<Box<str>>,
     /// Whether `Upgrade` (WebSocket) is let through.
     pub upgrade: bool,
+    pub(crate) id: RouteId,
 }
+
+/// The number of a rule among those compiled with it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RouteId(pub(crate) u32);
 
 impl Route {
     /// The tier that requests under this rule are counted in, if in any.
@@ -126,7 +131,7 @@ impl Routes {
     ///
     /// # Errors
     /// [`Clash`] where two rules match the same requests.
-    pub fn new(rules: impl IntoIterator<Item = (Pattern, Route)>) -> Result<Self, Clash> {
+    pub fn new(rules: impl IntoIterator<Item = (Pattern, Arc<Route>)>) -> Result<Self, Clash> {
         let mut routes = Routes::default();
         for (pattern, route) in rules {
             let mut node = match &pattern.host {
@@ -142,7 +147,7 @@ impl Routes {
                 }
             }
             let leaf = if leaf.is_some() { &mut node.rest } else { &mut node.here };
-            leaf.add(pattern.methods, Arc::new(route))?;
+            leaf.add(pattern.methods, route)?;
         }
         Ok(routes)
     }
@@ -150,13 +155,15 @@ impl Routes {
     /// The rule that a request falls under, if any. `host` may carry a port; `path` is without the query.
     #[inline]
     pub fn find(&self, host: &str, path: &str, method: &Method) -> Option<&Arc<Route>> {
+        let path = path.as_bytes();
+        let escaped = memchr::memchr(b'%', path).is_some();
         if !self.hosts.is_empty()
             && let Some(node) = self.host_node(host)
-            && let Some(route) = node.find(rest_of(path.as_bytes()), method)
+            && let Some(route) = node.find(rest_of(path), escaped, method)
         {
             return Some(route);
         }
-        self.any_host.find(rest_of(path.as_bytes()), method)
+        self.any_host.find(rest_of(path), escaped, method)
     }
 
     fn host_node(&self, host: &str) -> Option<&Node> {
@@ -189,26 +196,60 @@ impl Node {
         &mut self.literals[at].1
     }
 
-    /// `rest` is what follows this node: `None` at the end of the path, else the remaining segments.
-    fn find(&self, rest: Option<&[u8]>, method: &Method) -> Option<&Arc<Route>> {
-        let Some(rest) = rest else {
-            return self.here.find(method).or_else(|| self.rest.find(method));
-        };
-        let (segment, after) = match memchr_slash(rest) {
-            Some(slash) => (&rest[..slash], rest_of(&rest[slash..])),
-            None => (rest, None),
-        };
-        if let Some((_, node)) = self.literals.iter().find(|(literal, _)| same_segment(literal, segment))
-            && let Some(route) = node.find(after, method)
+    /// `rest` is what follows this node: `None` at the end of the path, else the remaining segments. `escaped`: there may
+    /// be percent-encoding in it.
+    fn find(&self, rest: Option<&[u8]>, escaped: bool, method: &Method) -> Option<&Arc<Route>> {
+        let (mut node, mut rest) = (self, rest);
+        loop {
+            let Some(path) = rest else {
+                return node.here.find(method).or_else(|| node.rest.find(method));
+            };
+            match node.literal(path, escaped) {
+                // Were nothing found there, there would be nothing to come back for.
+                Some((next, after)) if node.one.is_none() && node.rest.is_empty() => (node, rest) = (next, after),
+                literal => return node.find_among(literal, path, escaped, method),
+            }
+        }
+    }
+
+    /// The most specific of what this node has.
+    fn find_among<'r>(
+        &'r self,
+        literal: Option<(&'r Node, Option<&[u8]>)>,
+        path: &[u8],
+        escaped: bool,
+        method: &Method,
+    ) -> Option<&'r Arc<Route>> {
+        if let Some((node, after)) = literal
+            && let Some(route) = node.find(after, escaped, method)
         {
             return Some(route);
         }
         if let Some(node) = &self.one
-            && let Some(route) = node.find(after, method)
+            && let Some(route) = node.find(split(path).1, escaped, method)
         {
             return Some(route);
         }
         self.rest.find(method)
+    }
+
+    /// The literal that the first segment is, and what follows. Most segments are compared as they stand, without looking
+    /// for their end.
+    #[inline]
+    fn literal<'p>(&self, path: &'p [u8], escaped: bool) -> Option<(&Node, Option<&'p [u8]>)> {
+        self.literals.iter().find_map(|(literal, node)| {
+            let after = match path.split_at_checked(literal.len()) {
+                Some((segment, after)) if after.first().is_none_or(|next| *next == b'/') && *segment == **literal => {
+                    rest_of(after)
+                }
+                _ if escaped => {
+                    let (segment, after) = split(path);
+                    decodes_to(segment, literal).then_some(after)?
+                }
+                _ => return None,
+            };
+            Some((node, after))
+        })
     }
 }
 
@@ -237,6 +278,10 @@ impl Leaf {
         Ok(())
     }
 
+    fn is_empty(&self) -> bool {
+        self.by_method.is_empty() && self.all.is_none()
+    }
+
     #[inline]
     fn find(&self, method: &Method) -> Option<&Arc<Route>> {
         let named = self
@@ -261,17 +306,18 @@ fn segments(path: &[u8]) -> impl Iterator<Item = &[u8]> {
         .filter(|segment| !segment.is_empty())
 }
 
-fn memchr_slash(bytes: &[u8]) -> Option<usize> {
-    bytes.iter().position(|b| *b == b'/')
+/// The first segment, and what follows it.
+fn split(path: &[u8]) -> (&[u8], Option<&[u8]>) {
+    match path.iter().position(|byte| *byte == b'/') {
+        Some(slash) => (&path[..slash], rest_of(&path[slash..])),
+        None => (path, None),
+    }
 }
 
-/// Whether a literal equals a segment once the segment's percent-encoding is undone.
-fn same_segment(literal: &[u8], segment: &[u8]) -> bool {
-    if literal == segment {
-        return true;
-    }
+/// Whether a segment is the literal once its percent-encoding is undone.
+fn decodes_to(segment: &[u8], literal: &[u8]) -> bool {
     if segment.len() <= literal.len() {
-        return false;
+        return segment == literal;
     }
     let mut rest = segment;
     for expected in literal {
@@ -312,7 +358,7 @@ mod tests {
                 methods: methods.to_vec(),
                 path: (*path).to_owned(),
             };
-            (pattern, route(&name))
+            (pattern, Arc::new(route(&name)))
         }))
         .unwrap()
     }
@@ -324,6 +370,7 @@ mod tests {
             upstream: "up".into(),
             sandbox_upstream: None,
             upgrade: false,
+            id: RouteId::default(),
         }
     }
 
@@ -427,7 +474,11 @@ mod tests {
             path: "/a/**".into(),
             ..Pattern::default()
         };
-        let clash = Routes::new([(pattern.clone(), route("one")), (pattern, route("two"))]).unwrap_err();
+        let clash = Routes::new([
+            (pattern.clone(), Arc::new(route("one"))),
+            (pattern, Arc::new(route("two"))),
+        ])
+        .unwrap_err();
         assert_eq!(clash.routes, ("one".into(), "two".into()));
     }
 

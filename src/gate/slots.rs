@@ -8,8 +8,8 @@
 //! # Who may touch what
 //! A reader finds a slot by what is in force (`snapshot.rs`) and holds on to that for one decision. A writer works on
 //! slots that readers are in, so:
-//! - what changes while a slot is in use changes through one atomic pointer each: `terms` (all that may be said of the
-//!   secret, at once) and the key's windows;
+//! - what changes while a slot is in use changes as one atomic each: the number of the terms (all that may be said of
+//!   the secret, at once: `terms.rs`) and the pointer to the key's windows;
 //! - a secret is taken out by zeroing its digest, and put in with the digest last. The words of a digest are stored with
 //!   release and loaded with acquire, so whoever finds all of a digest finds the terms that were stored before it, or
 //!   later ones of the same secret. One that is caught half-way matches nobody's secret;
@@ -19,13 +19,14 @@
 
 use super::key::{KeyId, SecretDigest};
 use super::quota::KeyWindows;
-use super::terms::Terms;
+use super::terms::{NO_TERMS, TermsId};
 use arc_swap::ArcSwapOption;
+use std::collections::HashMap;
 use std::sync::atomic::{
     AtomicU32, AtomicU64,
-    Ordering::{Acquire, Relaxed, Release},
+    Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// The number of a slot.
 pub(super) type SlotId = u32;
@@ -43,6 +44,8 @@ const CHUNKS: usize = 2_048;
 #[derive(Debug)]
 pub(super) struct Slots {
     chunks: Box<[OnceLock<Box<Chunk>>]>,
+    /// Of owner slots whose keys' ids are too long for them. No decision looks here: the terms have the id, too.
+    long_ids: Mutex<HashMap<SlotId, Arc<str>>>,
 }
 
 #[derive(Debug)]
@@ -72,7 +75,7 @@ pub(super) struct Slot {
     digest: [AtomicU64; 4],
     /// What kind of slot it is, in the first byte, and the id of the key or the number of its owner slot.
     name: [AtomicU64; 3],
-    pub terms: ArcSwapOption<Terms>,
+    terms: AtomicU32,
     /// The key's next secret; used by writers only.
     pub sibling: AtomicU32,
     /// Unix time of the last permit, in seconds; 0 for none yet.
@@ -98,6 +101,7 @@ impl Slots {
     pub fn new() -> Self {
         Slots {
             chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(),
+            long_ids: Mutex::default(),
         }
     }
 
@@ -142,9 +146,38 @@ impl Slots {
         cells.get(place % NEIGHBOURS)
     }
 
-    /// Makes a slot as good as new.
+    /// The id of the key in an owner slot.
+    pub fn key_id(&self, owner: SlotId) -> KeyId {
+        match self.get(owner).map(Slot::inline_id) {
+            Some(Some(id)) => id,
+            Some(None) => {
+                let long_ids = self.long_ids.lock().unwrap_or_else(|e| e.into_inner());
+                long_ids.get(&owner).cloned().map_or_else(|| "".into(), KeyId::Shared)
+            }
+            None => "".into(),
+        }
+    }
+
+    /// Makes a slot the owner slot of a key.
+    pub fn set_key_id(&self, owner: SlotId, id: &KeyId) {
+        let Some(slot) = self.get(owner) else { return };
+        slot.set_name(match id {
+            KeyId::Inline(words) => *words,
+            KeyId::Shared(id) => {
+                let mut long_ids = self.long_ids.lock().unwrap_or_else(|e| e.into_inner());
+                long_ids.insert(owner, id.clone());
+                [[LONG_ID; 8]; 3]
+            }
+        });
+    }
+
+    /// Makes a slot, which has no terms, as good as new.
     pub fn clear(&self, id: SlotId) {
         if let Some(slot) = self.get(id) {
+            if slot.owner(id) == Some(id) && slot.inline_id().is_none() {
+                let mut long_ids = self.long_ids.lock().unwrap_or_else(|e| e.into_inner());
+                long_ids.remove(&id);
+            }
             slot.clear();
             if self.windows(id).load().is_some() {
                 self.windows(id).store(None);
@@ -219,7 +252,7 @@ impl Slot {
         let slot = Slot {
             digest: Default::default(),
             name: Default::default(),
-            terms: ArcSwapOption::empty(),
+            terms: AtomicU32::new(NO_TERMS),
             sibling: AtomicU32::new(NONE),
             last_used_s: AtomicU32::new(0),
         };
@@ -228,10 +261,21 @@ impl Slot {
     }
 
     /// Asks the memory for the end of the slot, which lies in another cache line than its beginning, so that both come at
-    /// once: an exchange, as loading the terms begins with one, waits for what was asked for before it.
+    /// once.
     #[inline]
     pub fn fetch(&self) {
         std::hint::black_box(self.last_used_s.load(Relaxed));
+    }
+
+    /// The number of what may be said of the secret, or [`NO_TERMS`].
+    #[inline]
+    pub fn terms(&self) -> TermsId {
+        self.terms.load(Acquire)
+    }
+
+    /// Gives it other terms; those it had. For [`super::terms::TermsTable::give`], which counts.
+    pub fn set_terms(&self, terms: TermsId) -> TermsId {
+        self.terms.swap(terms, AcqRel)
     }
 
     /// Whether this slot holds the secret with this digest.
@@ -257,9 +301,8 @@ impl Slot {
         SecretDigest(bytes)
     }
 
-    /// Puts a secret in.
-    pub fn put(&self, digest: &SecretDigest, terms: Arc<Terms>) {
-        self.terms.store(Some(terms));
+    /// Puts a secret in. Its terms are there already.
+    pub fn put(&self, digest: &SecretDigest) {
         self.set_digest(digest);
     }
 
@@ -294,26 +337,11 @@ impl Slot {
         self.set_name([first, [0; 8], [0; 8]]);
     }
 
-    /// The id of the key; only of an owner slot. Ids beyond [`KeyId::INLINE`] bytes lie in the terms.
+    /// The id of the key; only of an owner slot. `None` for one of more than [`KeyId::INLINE`] bytes.
     #[inline]
-    pub fn key_id(&self) -> KeyId {
+    pub fn inline_id(&self) -> Option<KeyId> {
         let words = self.name.each_ref().map(|word| word.load(Relaxed).to_ne_bytes());
-        if usize::from(words[0][0]) <= KeyId::INLINE {
-            return KeyId::Inline(words);
-        }
-        let terms = self.terms.load();
-        terms
-            .as_ref()
-            .and_then(|terms| terms.long_id.clone())
-            .map_or_else(|| "".into(), KeyId::Shared)
-    }
-
-    /// Makes it the owner slot of a key.
-    pub fn set_key_id(&self, id: &KeyId) {
-        self.set_name(match id {
-            KeyId::Inline(words) => *words,
-            KeyId::Shared(_) => [[LONG_ID; 8]; 3],
-        });
+        (usize::from(words[0][0]) <= KeyId::INLINE).then_some(KeyId::Inline(words))
     }
 
     fn set_name(&self, name: [[u8; 8]; 3]) {
@@ -326,7 +354,6 @@ impl Slot {
         self.take_out();
         self.set_name([[FREE; 8]; 3]);
         self.sibling.store(NONE, Relaxed);
-        self.terms.store(None);
     }
 }
 
@@ -358,11 +385,25 @@ mod tests {
     fn what_is_put_into_a_slot_comes_out() {
         let slot = Slot::empty();
         assert_eq!((slot.owner(7), slot.holds_secret()), (None, false));
-        slot.set_key_id(&KeyId::from("key_0123456789012345678"));
-        assert_eq!(slot.key_id().as_str(), "key_0123456789012345678");
+        let slots = Slots::new();
+        assert!(slots.allocate(7));
+        for id in ["key_0123456789012345678", "key_01234567890123456789"] {
+            slots.set_key_id(7, &KeyId::from(id));
+            assert_eq!(slots.key_id(7).as_str(), id);
+        }
+        slots.clear(7);
+        assert!(slots.long_ids.into_inner().unwrap().is_empty());
+        let [inline, ..] = [KeyId::from("key_0123456789012345678")];
+        let KeyId::Inline(words) = inline else {
+            panic!("23 bytes")
+        };
+        slot.set_name(words);
+        assert_eq!(slot.inline_id().unwrap().as_str(), "key_0123456789012345678");
         assert_eq!(slot.owner(7), Some(7));
         let digest = SecretDigest::of(b"a secret");
-        slot.put(&digest, Arc::new(Terms::of_unknown_key(None)));
+        assert_eq!(slot.set_terms(5), NO_TERMS);
+        slot.put(&digest);
+        assert_eq!(slot.terms(), 5);
         assert!(slot.holds(&digest) && slot.digest() == digest);
         assert!(!slot.holds(&SecretDigest::of(b"another")));
         slot.take_out();

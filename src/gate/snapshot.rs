@@ -13,26 +13,29 @@
 //! in the map behind: the slot no longer holds its digest, so the way leads nowhere, and the next base is built
 //! without it. For the same reason it does no harm that a slot may hold another secret by then.
 //!
-//! A map of many secrets is several maps (`parts.rs` says why), chosen by the same bytes that are looked up in it.
-//! They lead from the first four bytes of a digest to a slot's number; the whole digest is compared in the slot. Four
-//! bytes keep an entry at eight, which is what lets a million keys fit beside their slots into 128 MiB; digests
-//! that share them with another one (about 116 pairs in a million) lie in a small map of their own.
+//! What is in the map is in `pages.rs`.
 
 use super::key::SecretDigest;
-use super::parts;
+use super::pages::{Secrets, SecretsBuilder};
 use super::policy::Policy;
 use super::slots::{Slot, SlotId, Slots};
-use dashmap::{DashMap, ReadOnlyView};
+use super::terms::Known;
 use std::fmt;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 /// All that a request is decided by, of one moment. One load of it answers a request.
 #[derive(Clone, Debug)]
 pub(super) struct InForce {
-    pub policy: Arc<Policy>,
+    pub facts: Arc<Facts>,
     /// Absent before the first full snapshot.
     pub snapshot: Option<Snapshot>,
+}
+
+/// What outlives a decision in its permit: little beside the keys, which must not be kept for as long as a request takes.
+#[derive(Clone, Debug)]
+pub(super) struct Facts {
+    pub policy: Arc<Policy>,
+    pub terms: Known,
 }
 
 /// The keys at one revision.
@@ -72,7 +75,7 @@ impl Snapshot {
         let recent = self.recent.as_deref();
         let held = recent.map_or(0, Secrets::len);
         if held + more.len() + gone.len() > RECENT_AT_MOST {
-            let base = SecretsBuilder::from(&*self.base);
+            let mut base = SecretsBuilder::from(&*self.base);
             gone.drain(..).for_each(|(digest, id)| base.remove(&digest, id));
             let living = |id: &SlotId| slots.get(*id).filter(|slot| slot.holds_secret()).map(Slot::digest);
             for id in recent.into_iter().flat_map(Secrets::slots) {
@@ -86,7 +89,8 @@ impl Snapshot {
             next.base = Arc::new(base.build());
             next.recent = None;
         } else if !more.is_empty() {
-            let ways = recent.map_or_else(|| SecretsBuilder::with_capacity(0), SecretsBuilder::from);
+            let new = || SecretsBuilder::with_capacity(RECENT_AT_MOST);
+            let mut ways = recent.map_or_else(new, SecretsBuilder::from);
             for (digest, id) in more {
                 ways.put(slots, digest, *id);
             }
@@ -101,146 +105,5 @@ impl fmt::Debug for Snapshot {
         f.debug_struct("Snapshot")
             .field("revision", &self.revision)
             .finish_non_exhaustive()
-    }
-}
-
-/// Ways from secrets to slots, never changed again.
-pub(super) struct Secrets {
-    by_prefix: Box<[ReadOnlyView<u32, SlotId, PrefixHash>]>,
-    /// Secrets whose first four bytes another one had first; absent while there are none.
-    collisions: Option<ReadOnlyView<[u8; 32], SlotId, ahash::RandomState>>,
-    len: usize,
-}
-
-impl Secrets {
-    #[inline]
-    fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
-        let slot_of = |id: &SlotId| {
-            let slot = slots.get(*id)?;
-            slot.fetch();
-            slot.holds(digest).then_some((*id, slot))
-        };
-        let prefix = prefix(digest);
-        let part = self.by_prefix.get(parts::of(prefix, self.by_prefix.len()));
-        let found = part.and_then(|part| part.get(&prefix)).and_then(slot_of);
-        match &self.collisions {
-            Some(collisions) if found.is_none() => collisions.get(&digest.0).and_then(slot_of),
-            _ => found,
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn slots(&self) -> impl Iterator<Item = SlotId> {
-        let collisions = self.collisions.iter().flat_map(ReadOnlyView::values);
-        let parts = self.by_prefix.iter().flat_map(ReadOnlyView::values);
-        parts.chain(collisions).copied()
-    }
-}
-
-/// [`Secrets`] in the making.
-pub(super) struct SecretsBuilder {
-    by_prefix: Box<[DashMap<u32, SlotId, PrefixHash>]>,
-    collisions: DashMap<[u8; 32], SlotId, ahash::RandomState>,
-}
-
-/// Shards of a map, the fewest there can be: one thread builds it, and it is read without locks.
-const SHARDS: usize = 2;
-
-impl SecretsBuilder {
-    pub fn with_capacity(secrets: usize) -> Self {
-        let parts = parts::number_for(secrets, SHARDS);
-        let each = || {
-            let capacity = parts::share_of(secrets, parts);
-            DashMap::with_capacity_and_hasher_and_shard_amount(capacity, PrefixHash::default(), SHARDS)
-        };
-        SecretsBuilder {
-            by_prefix: (0..parts).map(|_| each()).collect(),
-            collisions: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
-        }
-    }
-
-    fn part(&self, prefix: u32) -> &DashMap<u32, SlotId, PrefixHash> {
-        &self.by_prefix[parts::of(prefix, self.by_prefix.len())]
-    }
-
-    /// Leads the digest to the slot. `false`: another slot holds the same secret.
-    pub fn put(&self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
-        use dashmap::Entry;
-        let prefix = prefix(digest);
-        match self.part(prefix).entry(prefix) {
-            Entry::Vacant(entry) => {
-                entry.insert(id);
-                true
-            }
-            Entry::Occupied(entry) if *entry.get() == id => true,
-            Entry::Occupied(entry) => {
-                let other = slots.get(*entry.get());
-                if other.is_some_and(|slot| slot.holds(digest)) {
-                    return false;
-                }
-                drop(entry);
-                *self.collisions.entry(digest.0).or_insert(id) == id
-            }
-        }
-    }
-
-    fn remove(&self, digest: &SecretDigest, id: SlotId) {
-        let prefix = prefix(digest);
-        let removed = self.part(prefix).remove_if(&prefix, |_, held| *held == id);
-        if removed.is_none() {
-            self.collisions.remove_if(&digest.0, |_, held| *held == id);
-        }
-    }
-
-    pub fn build(self) -> Secrets {
-        let len = self.by_prefix.iter().map(DashMap::len).sum::<usize>() + self.collisions.len();
-        Secrets {
-            by_prefix: self.by_prefix.into_iter().map(DashMap::into_read_only).collect(),
-            collisions: (!self.collisions.is_empty()).then(|| self.collisions.into_read_only()),
-            len,
-        }
-    }
-}
-
-impl From<&Secrets> for SecretsBuilder {
-    fn from(secrets: &Secrets) -> Self {
-        SecretsBuilder {
-            by_prefix: secrets.by_prefix.iter().map(|part| part.clone().into_inner()).collect(),
-            collisions: match &secrets.collisions {
-                Some(collisions) => collisions.clone().into_inner(),
-                None => DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
-            },
-        }
-    }
-}
-
-fn prefix(digest: &SecretDigest) -> u32 {
-    let [a, b, c, d, ..] = digest.0;
-    u32::from_ne_bytes([a, b, c, d])
-}
-
-type PrefixHash = BuildHasherDefault<PrefixHasher>;
-
-/// A digest's bytes are random already. One multiplication (by 2^64 / φ, Knuth's) spreads 32 bits over the 64 that
-/// the map wants: high ones choose the shard and the tag, low ones the bucket.
-#[derive(Default)]
-struct PrefixHasher(u64);
-
-impl Hasher for PrefixHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write_u32(&mut self, prefix: u32) {
-        self.0 = u64::from(prefix).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u32(self.0 as u32 ^ u32::from(*byte));
-        }
     }
 }

@@ -1,13 +1,26 @@
-//! What may be said of a secret, held once for all secrets of which the same is said.
+//! What may be said of a secret, held once for all secrets of which the same is said, and named by a number.
+//!
+//! A slot has the number ([`TermsId`]), and the table that leads from it to the terms is a part of what is in force: a
+//! decision has that in its hands already, so that reading the terms is two plain loads, and a permit needs no count of
+//! references but the one on the table. The table is never changed; the writer makes the next one, of which most pages
+//! are those of the last.
+//!
+//! - A number is put in force before it is stored in a slot. A reader whose table does not know the number of a
+//!   slot began before that, and finds it in what is in force by then.
+//! - A number is taken out of the next table when no slot has it any more, and means something else only when nobody
+//!   holds a table any more in which it meant this (`retired.rs`). So two tables never disagree on a number that a slot
+//!   has.
 
 use super::key::KeyId;
 use super::policy::NameTables;
 use super::scope::{NameId, NameSet};
+use super::slots::Slot;
 use super::update::{KeyError, KeyUpdate};
 use super::verdict::Reason;
 use crate::clock::Now;
 use hashbrown::HashTable;
 use http::HeaderValue;
+use std::fmt;
 use std::sync::Arc;
 
 /// What may be said of a secret. What every decision looks at comes first.
@@ -39,6 +52,23 @@ pub(super) struct Role {
 }
 
 impl Terms {
+    /// Whether they may be those of many keys.
+    fn is_plain(&self) -> bool {
+        let endless = self.not_after_ms == i64::MAX && self.expires_at_ms == i64::MAX;
+        endless && !self.disabled && !self.revoked && self.long_id.is_none()
+    }
+
+    fn plain_hash(&self, hasher: &ahash::RandomState) -> u64 {
+        let role = &self.role;
+        plain_hash(
+            hasher,
+            self.organization(),
+            self.environment(),
+            &role.plan_name,
+            &role.scope_names,
+        )
+    }
+
     /// The organisation.
     pub fn organization(&self) -> &str {
         text(&self.organization)
@@ -62,28 +92,6 @@ impl Terms {
             None
         }
     }
-
-    /// The terms of a key that is known by its id only, because a journal named it: no secret has them.
-    pub(super) fn of_unknown_key(long_id: Option<Arc<str>>) -> Self {
-        let nothing = HeaderValue::from_static("");
-        Terms {
-            not_after_ms: i64::MAX,
-            expires_at_ms: i64::MAX,
-            scopes: NameSet::default(),
-            environment_id: NameId(u16::MAX),
-            plan: NameId(u16::MAX),
-            disabled: true,
-            revoked: false,
-            role: Arc::new(Role {
-                environment: nothing.clone(),
-                scopes: nothing.clone(),
-                scope_names: Box::default(),
-                plan_name: Box::default(),
-            }),
-            organization: nothing,
-            long_id,
-        }
-    }
 }
 
 /// Header values here were made from printable ASCII.
@@ -91,37 +99,68 @@ fn text(value: &HeaderValue) -> &str {
     value.to_str().unwrap_or_default()
 }
 
-/// The terms in use.
+/// The number of terms.
+pub(super) type TermsId = u32;
+/// No terms.
+pub(super) const NO_TERMS: TermsId = TermsId::MAX;
+
+/// Terms by number, of one moment.
+#[derive(Clone, Default)]
+pub(super) struct Known(Arc<[Arc<Page>]>);
+
+type Page = [Option<Arc<Terms>>; PAGE];
+/// A change that brings new terms copies a page, and a pointer for each of the others.
+const PAGE: usize = 256;
+
+impl Known {
+    #[inline]
+    pub fn get(&self, id: TermsId) -> Option<&Arc<Terms>> {
+        held_in(&self.0, id)
+    }
+}
+
+impl fmt::Debug for Known {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Known").field("pages", &self.0.len()).finish()
+    }
+}
+
+/// The writer's side: the terms in use, and the next table of them.
 #[derive(Debug, Default)]
 pub(super) struct TermsTable {
+    pages: Vec<Arc<Page>>,
+    /// How many slots have each number.
+    uses: Vec<u32>,
+    free: Vec<TermsId>,
+    /// What is out of the next table, and may be in the one in force.
+    gone: Vec<TermsId>,
+    /// Whether the next table is another one than the last.
+    changed: bool,
     /// Of keys without an end, by organisation and role.
-    plain: HashTable<Arc<Terms>>,
+    plain: HashTable<TermsId>,
     roles: HashTable<Arc<Role>>,
     hasher: ahash::RandomState,
 }
 
 impl TermsTable {
-    /// The terms of one secret of a key.
+    /// The number of the terms of one secret of a key. To be put in force ([`TermsTable::next`]) before a slot that is in
+    /// use gets it ([`TermsTable::give`]).
     ///
     /// # Errors
     /// [`KeyError::NotAHeaderValue`], [`KeyError::TooMany`].
-    pub fn of(
-        &mut self,
-        names: &NameTables,
-        key: &KeyUpdate,
-        not_after_ms: Option<i64>,
-    ) -> Result<Arc<Terms>, KeyError> {
+    pub fn of(&mut self, names: &NameTables, key: &KeyUpdate, not_after_ms: Option<i64>) -> Result<TermsId, KeyError> {
         let plain = key.expires_at_ms.is_none() && not_after_ms.is_none() && !key.disabled && !key.revoked;
         if !plain || key.id.len() > KeyId::INLINE {
             let long_id = (key.id.len() > KeyId::INLINE).then(|| Arc::from(&*key.id));
-            return Ok(Arc::new(Terms {
+            let terms = Terms {
                 not_after_ms: not_after_ms.unwrap_or(i64::MAX),
                 expires_at_ms: key.expires_at_ms.unwrap_or(i64::MAX),
                 disabled: key.disabled,
                 revoked: key.revoked,
                 long_id,
                 ..self.plain_terms(names, key)?
-            }));
+            };
+            return self.add(terms);
         }
         let hash = plain_hash(
             &self.hasher,
@@ -130,24 +169,80 @@ impl TermsTable {
             &key.plan,
             &key.scopes,
         );
-        let same =
-            |held: &Arc<Terms>| held.organization.as_bytes() == key.organization.as_bytes() && held.role.is_of(key);
+        let same = |held: &TermsId| {
+            let held = held_in(&self.pages, *held);
+            held.is_some_and(|held| held.organization.as_bytes() == key.organization.as_bytes() && held.role.is_of(key))
+        };
         if let Some(held) = self.plain.find(hash, same) {
-            return Ok(held.clone());
+            return Ok(*held);
         }
-        let terms = Arc::new(self.plain_terms(names, key)?);
-        let hasher = &self.hasher;
-        self.plain.insert_unique(hash, terms.clone(), |held| {
-            let role = &held.role;
-            plain_hash(
-                hasher,
-                held.organization(),
-                held.environment(),
-                &role.plan_name,
-                &role.scope_names,
-            )
+        let terms = self.plain_terms(names, key)?;
+        let id = self.add(terms)?;
+        let (hasher, pages) = (&self.hasher, &self.pages);
+        self.plain.insert_unique(hash, id, |held| {
+            held_in(pages, *held).map_or(0, |held| held.plain_hash(hasher))
         });
-        Ok(terms)
+        Ok(id)
+    }
+
+    /// The terms with this number, in the next table.
+    pub fn get(&self, id: TermsId) -> Option<&Arc<Terms>> {
+        held_in(&self.pages, id)
+    }
+
+    /// Whether a table is to be put in force before numbers that [`TermsTable::of`] gave are.
+    pub fn has_changed(&self) -> bool {
+        self.changed
+    }
+
+    /// The next table, and the numbers that were taken out of it.
+    pub fn next(&mut self) -> (Known, Vec<TermsId>) {
+        self.changed = false;
+        (Known(self.pages.as_slice().into()), std::mem::take(&mut self.gone))
+    }
+
+    /// These numbers mean nothing to anybody any more.
+    pub fn use_again(&mut self, mut ids: Vec<TermsId>) {
+        self.free.append(&mut ids);
+    }
+
+    /// Gives a slot its terms, or [`NO_TERMS`], and takes the ones it had.
+    pub fn give(&mut self, slot: &Slot, id: TermsId) {
+        if let Some(uses) = self.uses.get_mut(id as usize) {
+            *uses += 1;
+        }
+        let before = slot.set_terms(id);
+        let Some(uses) = self.uses.get_mut(before as usize) else {
+            return;
+        };
+        *uses -= 1;
+        // Those of many keys stay until the next full snapshot: they may well be wanted again.
+        if *uses == 0 && self.get(before).is_some_and(|terms| !terms.is_plain()) {
+            self.remove(before);
+        }
+    }
+
+    fn add(&mut self, terms: Terms) -> Result<TermsId, KeyError> {
+        let id = match self.free.pop() {
+            Some(id) => id,
+            None => {
+                let id = TermsId::try_from(self.uses.len()).map_err(|_| KeyError::TooMany)?;
+                self.uses.push(0);
+                if self.pages.len() * PAGE <= id as usize {
+                    self.pages.push(Arc::new([const { None }; PAGE]));
+                }
+                id
+            }
+        };
+        self.changed = true;
+        Arc::make_mut(&mut self.pages[id as usize / PAGE])[id as usize % PAGE] = Some(Arc::new(terms));
+        Ok(id)
+    }
+
+    fn remove(&mut self, id: TermsId) {
+        self.changed = true;
+        Arc::make_mut(&mut self.pages[id as usize / PAGE])[id as usize % PAGE] = None;
+        self.gone.push(id);
     }
 
     fn plain_terms(&mut self, names: &NameTables, key: &KeyUpdate) -> Result<Terms, KeyError> {
@@ -186,9 +281,18 @@ impl TermsTable {
 
     /// Forgets what no secret has any more.
     pub fn forget_unused(&mut self) {
-        self.plain.retain(|terms| Arc::strong_count(terms) > 1);
+        let (uses, pages) = (&self.uses, &self.pages);
+        self.plain.retain(|id| uses[*id as usize] > 0);
+        let unused = |id: &TermsId| uses[*id as usize] == 0 && held_in(pages, *id).is_some();
+        let unused: Vec<TermsId> = (0..uses.len() as TermsId).filter(unused).collect();
+        unused.into_iter().for_each(|id| self.remove(id));
         self.roles.retain(|role| Arc::strong_count(role) > 1);
     }
+}
+
+#[inline]
+fn held_in(pages: &[Arc<Page>], id: TermsId) -> Option<&Arc<Terms>> {
+    pages.get(id as usize / PAGE)?[id as usize % PAGE].as_ref()
 }
 
 impl Role {

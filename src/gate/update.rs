@@ -5,10 +5,11 @@
 
 use super::Gate;
 use super::key::SecretDigest;
+use super::retired::Unused;
 use super::scope::TooManyNames;
 use super::slots::{Slot, SlotId};
-use super::snapshot::{InForce, Snapshot};
-use super::terms::Terms;
+use super::snapshot::{Facts, InForce, Snapshot};
+use super::terms::TermsId;
 use super::writer::Writer;
 use std::fmt;
 use std::sync::atomic::Ordering::Relaxed;
@@ -174,7 +175,7 @@ impl Gate {
             let mut next = snapshot.with(&self.slots, &changed.put, &mut writer.gone);
             next.revision = revision;
             drop(in_force);
-            self.put_in_force(|in_force| in_force.snapshot = Some(next), changed.free);
+            self.put_keys_in_force(writer, Some(next), changed.free);
             self.use_again(writer);
             Ok(())
         });
@@ -190,7 +191,7 @@ impl Gate {
     ) -> Result<(), KeyError> {
         // What can fail comes first.
         let known = writer.find(&self.slots, &update.id);
-        let mut wanted: Vec<(SecretDigest, Arc<Terms>)> = vec![];
+        let mut wanted: Vec<(SecretDigest, TermsId)> = vec![];
         for secret in &update.secrets {
             let digest = SecretDigest(secret.digest);
             let held = snapshot.find(&self.slots, &digest);
@@ -217,6 +218,9 @@ impl Gate {
             }
         }
 
+        if writer.terms.has_changed() {
+            self.put_keys_in_force(writer, None, vec![]);
+        }
         let unwanted: Vec<_> = self
             .secret_slots(owner)
             .filter(|(_, slot)| slot.holds_secret() && !is_wanted(slot))
@@ -232,9 +236,10 @@ impl Gate {
         let mut places = places.into_iter();
         for (digest, terms) in wanted {
             if let Some((_, slot)) = self.secret_slots(owner).find(|(_, slot)| slot.holds(&digest)) {
-                slot.terms.store(Some(terms));
+                writer.terms.give(slot, terms);
             } else if let Some((id, slot)) = places.next().and_then(|id| Some((id, self.slots.get(id)?))) {
-                slot.put(&digest, terms);
+                writer.terms.give(slot, terms);
+                slot.put(&digest);
                 if id != owner {
                     self.attach(owner, id);
                 }
@@ -255,7 +260,7 @@ impl Gate {
                 let upto = end.min(next + EXPORTED_AT_ONCE);
                 for id in next..upto {
                     let is_owner = self.slots.get(id).is_some_and(|slot| slot.owner(id) == Some(id));
-                    if let Some(update) = is_owner.then(|| self.export_key(id, revision)).flatten() {
+                    if let Some(update) = is_owner.then(|| self.export_key(writer, id, revision)).flatten() {
                         each(update);
                     }
                 }
@@ -270,16 +275,15 @@ impl Gate {
         }
     }
 
-    fn export_key(&self, owner: SlotId, revision: u64) -> Option<KeyUpdate> {
-        let owner_slot = self.slots.get(owner)?;
+    fn export_key(&self, writer: &Writer, owner: SlotId, revision: u64) -> Option<KeyUpdate> {
         let linked: Vec<&Slot> = self
             .secret_slots(owner)
             .filter(|(_, slot)| slot.holds_secret())
             .map(|(_, slot)| slot)
             .collect();
-        let terms = linked.first()?.terms.load_full()?;
+        let terms = writer.terms.get(linked.first()?.terms())?;
         let secrets = linked.iter().filter_map(|slot| {
-            let not_after_ms = slot.terms.load().as_ref()?.not_after_ms;
+            let not_after_ms = writer.terms.get(slot.terms())?.not_after_ms;
             Some(SecretUpdate {
                 digest: slot.digest().0,
                 not_after_ms: (not_after_ms != i64::MAX).then_some(not_after_ms),
@@ -287,7 +291,7 @@ impl Gate {
         });
         Some(KeyUpdate {
             revision,
-            id: owner_slot.key_id().as_str().into(),
+            id: self.slots.key_id(owner).as_str().into(),
             organization: terms.organization().into(),
             environment: terms.environment().into(),
             scopes: terms.role.scope_names.to_vec(),
@@ -319,19 +323,45 @@ impl Gate {
         self.reclaiming.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Replaces what is in force, since when the slots in `free` are of no use.
-    pub(super) fn put_in_force(&self, change: impl FnOnce(&mut InForce), free: Vec<SlotId>) {
+    /// Puts what the writer knows of terms in force, and a snapshot where there is a new one; the slots in `free` are of no
+    /// use since.
+    pub(super) fn put_keys_in_force(&self, writer: &mut Writer, next: Option<Snapshot>, free: Vec<SlotId>) {
+        let mut unused = Unused {
+            slots: free,
+            ..Unused::default()
+        };
+        let changed = writer.terms.has_changed();
+        let terms = changed.then(|| {
+            let (known, gone) = writer.terms.next();
+            unused.terms = gone;
+            known
+        });
+        let change = |in_force: &mut InForce| {
+            if let Some(next) = next {
+                in_force.snapshot = Some(next);
+            }
+            if let Some(terms) = terms {
+                let policy = in_force.facts.policy.clone();
+                in_force.facts = Arc::new(Facts { policy, terms });
+            }
+        };
+        self.put_in_force(change, unused);
+    }
+
+    /// Replaces what is in force.
+    pub(super) fn put_in_force(&self, change: impl FnOnce(&mut InForce), unused: Unused) {
         let mut retired = self.retired.lock().unwrap_or_else(|e| e.into_inner());
         let mut next = InForce::clone(&self.in_force.load());
         change(&mut next);
         let replaced = self.in_force.swap(Arc::new(next));
-        retired.push(replaced, free);
+        retired.push(replaced, unused);
     }
 
-    /// Makes slots free that nobody can be in any more. Called while reclaiming.
+    /// Makes free what nobody can be in any more. Called while reclaiming.
     pub(super) fn use_again(&self, writer: &mut Writer) {
         let free = self.retired.lock().unwrap_or_else(|e| e.into_inner()).take_free();
-        for id in free {
+        writer.terms.use_again(free.terms);
+        for id in free.slots {
             if let Some(slot) = self.slots.get(id).filter(|slot| slot.owner(id) == Some(id)) {
                 // What was counted after the key was forgotten, by requests that came before.
                 self.keep_counts_of(id, slot);
@@ -369,7 +399,7 @@ impl Gate {
     pub(super) fn release_key(&self, writer: &mut Writer, owner: SlotId, free: &mut Vec<SlotId>) {
         let Some(slot) = self.slots.get(owner) else { return };
         self.keep_counts_of(owner, slot);
-        writer.remove(&self.slots, slot.key_id().as_str());
+        writer.remove(&self.slots, self.slots.key_id(owner).as_str());
         for (id, _) in self.secret_slots(owner) {
             self.take_out(writer, id);
             free.push(id);

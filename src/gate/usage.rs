@@ -124,11 +124,11 @@ impl Gate {
     /// The windows that changed since the last call.
     pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState)) {
         let _reclaiming = self.reclaiming();
-        self.slots.drain(Mark::Windows, |owner, slot| {
+        self.slots.drain(Mark::Windows, |owner, _| {
             let Some(windows) = self.slots.windows(owner).load_full() else {
                 return;
             };
-            let key_id = slot.key_id();
+            let key_id = self.slots.key_id(owner);
             windows.export(now.elapsed_ns, |tier, window_ms, counts| {
                 each(WindowState {
                     key_id: key_id.as_str().into(),
@@ -145,13 +145,13 @@ impl Gate {
         let Ok(tier) = self.names.tiers.number(tier) else {
             return;
         };
-        let policy = self.in_force.load().policy.clone();
+        let policy = self.in_force.load().facts.policy.clone();
         self.with_writer(|writer| {
             let Ok((owner, _)) = writer.find_or_add(&self.slots, key_id) else {
                 return;
             };
             let Some(slot) = self.slots.get(owner) else { return };
-            let plan = slot.terms.load().as_ref().map(|terms| terms.plan);
+            let plan = writer.terms.get(slot.terms()).map(|terms| terms.plan);
             let plan = plan.map_or_else(|| policy.base(), |plan| policy.plan(plan));
             // A tier that is in no settings any more has no limit to count against.
             let Some(limit) = plan.limit(tier) else { return };
@@ -186,7 +186,7 @@ impl Gate {
                     return;
                 }
                 cell.compare_and_swap(&Some(windows.clone()), None);
-                self.keep_leaving(slot, windows);
+                self.keep_leaving(owner, slot, windows);
             });
             live.into_iter().for_each(|owner| self.slots.mark(owner, Mark::Live));
         });
@@ -211,7 +211,7 @@ impl Gate {
     }
 
     /// Keeps windows that were given back for as long as somebody may count in them; mostly that is not at all.
-    fn keep_leaving(&self, slot: &Slot, windows: Arc<KeyWindows>) {
+    fn keep_leaving(&self, owner: SlotId, slot: &Slot, windows: Arc<KeyWindows>) {
         if Arc::strong_count(&windows) == 1 {
             // What those who left have counted is seen from here on.
             fence(Acquire);
@@ -219,11 +219,11 @@ impl Gate {
                 return;
             }
         }
-        let environment = environment_of(slot);
+        let environment = self.environment_of(slot);
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
         leftovers
             .leaving
-            .push((slot.key_id().as_str().into(), environment, windows));
+            .push((self.slots.key_id(owner).as_str().into(), environment, windows));
     }
 
     fn drain_key(
@@ -234,8 +234,8 @@ impl Gate {
         each: &mut dyn FnMut(PermitUse),
         each_secret: &mut dyn FnMut(SecretUse),
     ) {
-        let key_id = slot.key_id();
-        let environment = environment_of(slot);
+        let key_id = self.slots.key_id(owner);
+        let environment = self.environment_of(slot);
         self.drain_windows_of(key_id.as_str(), &environment, windows, each);
         let mut next = Some(owner);
         while let Some(secret) = next.and_then(|id| self.slots.get(id)) {
@@ -264,11 +264,10 @@ impl Gate {
             });
         });
     }
-}
 
-fn environment_of(slot: &Slot) -> Box<str> {
-    let terms = slot.terms.load();
-    terms
-        .as_ref()
-        .map_or_else(Box::default, |terms| terms.environment().into())
+    fn environment_of(&self, slot: &Slot) -> Box<str> {
+        let in_force = self.in_force.load();
+        let terms = in_force.facts.terms.get(slot.terms());
+        terms.map_or_else(Box::default, |terms| terms.environment().into())
+    }
 }

@@ -6,9 +6,10 @@ use super::key::{KeyId, SecretDigest};
 use super::limit::Limit;
 use super::quota::InFlight;
 use super::reservation::Reservation;
-use super::route::{Route, Tier};
+use super::route::{Route, RouteId, Tier};
 use super::slots::SlotId;
-use super::terms::Terms;
+use super::snapshot::Facts;
+use super::terms::{Terms, TermsId};
 use http::HeaderValue;
 use std::sync::Arc;
 
@@ -17,12 +18,15 @@ use std::sync::Arc;
 #[derive(Debug)]
 #[must_use = "a permit that is dropped at once frees its place under the concurrency cap"]
 pub struct Permit {
-    pub(super) route: Arc<Route>,
-    pub(super) holder: Option<Holder>,
+    /// What it was decided by: the one count of references that a permit takes part in.
+    pub(super) facts: Arc<Facts>,
+    pub(super) route: RouteId,
+    /// Empty on a public rule, as the next two.
+    pub(super) key_id: KeyId,
+    pub(super) terms: TermsId,
+    pub(super) secret: SecretDigest,
     pub(super) counted: Option<Counted>,
     pub(super) credential_in_authorization: bool,
-    pub(super) sandbox: bool,
-    pub(super) secret: Option<SecretDigest>,
     pub(super) _in_flight: Option<InFlight>,
     pub(super) wanted: Option<Arc<Reservation>>,
 }
@@ -30,17 +34,21 @@ pub struct Permit {
 impl Permit {
     /// The rule that the request falls under.
     pub fn route(&self) -> &Arc<Route> {
-        &self.route
+        self.facts.policy.route(self.route)
     }
 
     /// Whose request it is; nobody's on a public rule.
-    pub fn holder(&self) -> Option<&Holder> {
-        self.holder.as_ref()
+    pub fn holder(&self) -> Option<Holder<'_>> {
+        let terms = self.facts.terms.get(self.terms)?;
+        Some(Holder {
+            id: &self.key_id,
+            terms,
+        })
     }
 
     /// What is left of the limit, where one was counted.
     pub fn rate(&self) -> Option<RateStatus<'_>> {
-        status(Some(&self.route), self.counted)
+        status(Some(self.route()), self.counted)
     }
 
     /// Whether the `Authorization` header carried the key, and so must not travel upstream. On a public rule no
@@ -56,14 +64,16 @@ impl Permit {
 
     /// What to ask [`super::Gate::still_permits`] with, for as long as the connection lasts.
     pub fn ticket(&self) -> PermitTicket {
-        PermitTicket(self.secret)
+        PermitTicket((self.secret != SecretDigest::NONE).then_some(self.secret))
     }
 
     /// The upstream that the request goes to: the rule's sandbox one for keys of environments that are not billed.
     pub fn upstream(&self) -> &str {
-        match &self.route.sandbox_upstream {
-            Some(sandbox) if self.sandbox => sandbox,
-            _ => &self.route.upstream,
+        let route = self.route();
+        let is_sandbox = |holder: Holder<'_>| self.facts.policy.sandboxes.contains(holder.terms.environment_id);
+        match &route.sandbox_upstream {
+            Some(sandbox) if self.holder().is_some_and(is_sandbox) => sandbox,
+            _ => &route.upstream,
         }
     }
 }
@@ -73,31 +83,31 @@ impl Permit {
 pub struct PermitTicket(pub(super) Option<SecretDigest>);
 
 /// Whose request it is: what upstreams are told and logs may say. Never the secret.
-#[derive(Clone, Debug)]
-pub struct Holder {
-    pub(super) id: KeyId,
-    pub(super) terms: Arc<Terms>,
+#[derive(Clone, Copy, Debug)]
+pub struct Holder<'a> {
+    pub(super) id: &'a KeyId,
+    pub(super) terms: &'a Terms,
 }
 
-impl Holder {
+impl<'a> Holder<'a> {
     /// The id of the key.
-    pub fn key_id(&self) -> &str {
+    pub fn key_id(self) -> &'a str {
         self.id.as_str()
     }
 
     /// The organisation that owns it.
-    pub fn organization(&self) -> &str {
+    pub fn organization(self) -> &'a str {
         self.terms.organization()
     }
 
     /// The key's environment.
-    pub fn environment(&self) -> &str {
+    pub fn environment(self) -> &'a str {
         self.terms.environment()
     }
 
     /// The organisation, environment and scopes (separated by spaces) as header values, built once for all
     /// keys that share them.
-    pub fn headers(&self) -> IdentityHeaders<'_> {
+    pub fn headers(self) -> IdentityHeaders<'a> {
         IdentityHeaders {
             organization: &self.terms.organization,
             environment: &self.terms.role.environment,
@@ -156,8 +166,7 @@ pub struct Refusal {
     pub reason: Reason,
     /// The rule that it fell under, where one was chosen.
     pub route: Option<Arc<Route>>,
-    /// Whose key it was, where that is known.
-    pub holder: Option<Holder>,
+    pub(super) holder: Option<(KeyId, Arc<Terms>)>,
     pub(super) counted: Option<Counted>,
     pub(super) wanted: Option<Wanted>,
 }
@@ -173,6 +182,12 @@ pub struct Wanted {
 }
 
 impl Refusal {
+    /// Whose key it was, where that is known.
+    pub fn holder(&self) -> Option<Holder<'_>> {
+        let (id, terms) = self.holder.as_ref()?;
+        Some(Holder { id, terms })
+    }
+
     /// More permits may be had, and the request may wait for them.
     pub fn wanted(&self) -> Option<&Wanted> {
         self.wanted.as_ref()

@@ -264,11 +264,8 @@ impl<const K: u64> SlidingWindow<K> {
     /// How many counts share a word of the ring: its length tells.
     #[inline]
     fn lanes(&self) -> u64 {
-        let words = self.ring.len() as u64;
-        LANES
-            .into_iter()
-            .find(|&lanes| K.is_multiple_of(lanes) && words == K / lanes + 1)
-            .unwrap_or(1)
+        let groups = self.ring.len() as u64 - 1;
+        LANES.into_iter().find(|&lanes| groups * lanes == K).unwrap_or(1)
     }
 
     /// Whether the window is of the limit's length, and its counts can grow as far as the limit.

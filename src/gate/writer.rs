@@ -3,11 +3,10 @@
 use super::key::{KeyId, SecretDigest};
 use super::parts;
 use super::slots::{NONE, Slot, SlotId, Slots};
-use super::terms::{Terms, TermsTable};
+use super::terms::{NO_TERMS, TermsTable};
 use super::update::KeyError;
 use hashbrown::HashTable;
 use std::fmt;
-use std::sync::Arc;
 
 /// What only a writer needs to know.
 pub(super) struct Writer {
@@ -59,23 +58,23 @@ impl Writer {
 
     /// The owner slot of a key.
     pub fn find(&self, slots: &Slots, id: &str) -> Option<SlotId> {
-        let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
-        let hash = self.hasher.hash_one(id);
+        self.find_hashed(slots, id, self.hasher.hash_one(id))
+    }
+
+    fn find_hashed(&self, slots: &Slots, id: &str, hash: u64) -> Option<SlotId> {
+        let same = |held: &SlotId| slots.key_id(*held).as_str() == id;
         self.ids[part_of(hash, self.ids.len())].find(hash, same).copied()
     }
 
     /// The owner slot of a key, made if it is new; and whether it is.
     pub fn find_or_add(&mut self, slots: &Slots, id: &str) -> Result<(SlotId, bool), KeyError> {
-        if let Some(found) = self.find(slots, id) {
+        let hash = self.hasher.hash_one(id);
+        if let Some(found) = self.find_hashed(slots, id, hash) {
             return Ok((found, false));
         }
-        let (owner, slot) = self.take_slot(slots)?;
-        let key_id = KeyId::from(id);
-        slot.set_key_id(&key_id);
-        if let KeyId::Shared(long_id) = key_id {
-            slot.terms.store(Some(Arc::new(Terms::of_unknown_key(Some(long_id)))));
-        }
-        self.put(slots, self.hasher.hash_one(id), owner);
+        let (owner, _) = self.take_slot(slots)?;
+        slots.set_key_id(owner, &KeyId::from(id));
+        self.put(slots, hash, owner);
         Ok((owner, true))
     }
 
@@ -102,6 +101,9 @@ impl Writer {
 
     /// Makes a slot free, which no reader can be in.
     pub fn free(&mut self, slots: &Slots, id: SlotId) {
+        if let Some(slot) = slots.get(id) {
+            self.terms.give(slot, NO_TERMS);
+        }
         slots.clear(id);
         self.free.push(id);
     }
@@ -109,7 +111,7 @@ impl Writer {
     /// Forgets that the key has an owner slot.
     pub fn remove(&mut self, slots: &Slots, id: &str) {
         let hash = self.hasher.hash_one(id);
-        let same = |held: &SlotId| slots.get(*held).is_some_and(|slot| slot.key_id().as_str() == id);
+        let same = |held: &SlotId| slots.key_id(*held).as_str() == id;
         let part = part_of(hash, self.ids.len());
         if let Ok(entry) = self.ids[part].find_entry(hash, same) {
             entry.remove();
@@ -131,7 +133,7 @@ impl fmt::Debug for Writer {
 }
 
 fn hash_of(hasher: &ahash::RandomState, slots: &Slots, id: SlotId) -> u64 {
-    slots.get(id).map_or(0, |slot| hasher.hash_one(slot.key_id().as_str()))
+    hasher.hash_one(slots.key_id(id).as_str())
 }
 
 /// By bits that a table does not use itself: it has the highest seven and the lowest.

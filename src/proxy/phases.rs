@@ -468,7 +468,7 @@ impl Proxy {
             .permit
             .as_ref()
             .and_then(Permit::holder)
-            .or(context.refusal.as_ref().and_then(|r| r.holder.as_ref()));
+            .or(context.refusal.as_ref().and_then(Refusal::holder));
         if let (Some(counts), Some(holder)) = (&self.0.key_counts, holder) {
             counts.record(holder.key_id(), context.decision);
         }

@@ -151,7 +151,7 @@ impl Answer {
                 ..unauthorized(code, "")
             },
             Reason::EnvironmentNotAllowed => {
-                let environment = refusal.holder.as_ref().map_or("", |holder| holder.environment());
+                let environment = refusal.holder().map_or("", |holder| holder.environment());
                 let message = format!("Keys of the environment '{environment}' are not allowed here.");
                 Answer::new(StatusCode::FORBIDDEN, code, message)
             }

@@ -1,0 +1,332 @@
+//! Ways from secrets to slots: a `DashMap` of pages, each for some twenty secrets whose digests begin alike.
+//!
+//! One secret to an entry would be a map whose own index, at a million secrets, lies in memory and not in the
+//! processor's cache: a decision would wait once for the index and again for the entry. The index of pages is a fifteenth
+//! of that. A page is two cache lines, asked for together: the tags of its secrets, and the numbers of their slots.
+//!
+//! A tag is two bytes of the digest; the whole of it is compared in the slot. Chance does not deal evenly: secrets that
+//! find their page full, one in some hundred, lie in a small map of their own.
+//!
+//! Nothing is changed once it is built: what is published is a read-only view, whose lookups take no lock.
+
+use super::key::SecretDigest;
+use super::parts;
+use super::slots::{NONE, Slot, SlotId, Slots};
+use dashmap::{DashMap, ReadOnlyView};
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Places in a page: as many as fill two cache lines, with the page's number.
+const PLACES: usize = 20;
+/// Secrets to a page on average. More would fill more pages, fewer would leave more of them empty.
+const AVERAGE: usize = 15;
+/// Where more than one secret in so many found its page full, there are too few pages.
+const SPILLED_AT_MOST: usize = 8;
+
+#[derive(Clone, Debug)]
+#[repr(C)]
+struct Page {
+    /// Two bytes for each place.
+    tags: [u8; PLACES * 2],
+    /// [`NONE`] in a free place.
+    slots: [SlotId; PLACES],
+    /// Secrets of this page lie in the map for those.
+    spilled: bool,
+}
+
+/// Ways from secrets to slots, never changed again.
+pub(super) struct Secrets {
+    pages: Box<[ReadOnlyView<u32, Page, NumberHash>]>,
+    /// How many there would be if each had a secret.
+    numbers: u32,
+    spilled: ReadOnlyView<[u8; 32], SlotId, ahash::RandomState>,
+    len: usize,
+}
+
+/// [`Secrets`] in the making.
+pub(super) struct SecretsBuilder {
+    pages: Box<[DashMap<u32, Page, NumberHash>]>,
+    numbers: u32,
+    spilled: DashMap<[u8; 32], SlotId, ahash::RandomState>,
+    len: usize,
+}
+
+/// Shards of a map, the fewest there can be: one thread builds it, and it is read without locks.
+const SHARDS: usize = 2;
+
+impl Secrets {
+    /// The slot that holds the secret, if any.
+    #[inline]
+    pub fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
+        let (part, number) = place_of(digest, self.pages.len(), self.numbers);
+        let page = self.pages.get(part)?.get(&number)?;
+        page.fetch();
+        let holding = |id: SlotId| {
+            let slot = slots.get(id)?;
+            slot.fetch();
+            slot.holds(digest).then_some((id, slot))
+        };
+        if let Some(found) = page.find(tag_of(digest), holding) {
+            return Some(found);
+        }
+        if page.spilled {
+            return self.spilled.get(&digest.0).copied().and_then(holding);
+        }
+        None
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn slots(&self) -> impl Iterator<Item = SlotId> {
+        let pages = self.pages.iter().flat_map(ReadOnlyView::values);
+        pages
+            .flat_map(|page| page.slots)
+            .filter(|id| *id != NONE)
+            .chain(self.spilled.values().copied())
+    }
+}
+
+impl SecretsBuilder {
+    pub fn with_capacity(secrets: usize) -> Self {
+        let numbers = u32::try_from(secrets.div_ceil(AVERAGE).max(1)).unwrap_or(u32::MAX);
+        let parts = parts::number_for(numbers as usize, SHARDS);
+        let each = || {
+            let capacity = parts::share_of(numbers as usize, parts);
+            DashMap::with_capacity_and_hasher_and_shard_amount(capacity, NumberHash::default(), SHARDS)
+        };
+        SecretsBuilder {
+            pages: (0..parts).map(|_| each()).collect(),
+            numbers,
+            spilled: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
+            len: 0,
+        }
+    }
+
+    /// Leads the digest to the slot, which holds it. `false`: another slot holds the same secret.
+    pub fn put(&mut self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
+        let (part, number) = place_of(digest, self.pages.len(), self.numbers);
+        let tag = tag_of(digest);
+        let mut page = self.pages[part].entry(number).or_insert(Page::EMPTY);
+        let same = |held: SlotId| {
+            let holds = || slots.get(held).is_some_and(|slot| slot.holds(digest));
+            (held == id || holds()).then_some(held)
+        };
+        let spilled = || self.spilled.get(&digest.0).and_then(|held| same(*held));
+        if let Some(held) = page.find(tag, same).or_else(spilled) {
+            return held == id;
+        }
+        self.len += 1;
+        match page.slots.iter().position(|held| *held == NONE) {
+            Some(place) => page.fill(place, tag, id),
+            None => {
+                page.spilled = true;
+                drop(page);
+                self.spilled.insert(digest.0, id);
+                if self.spilled.len() > RECENT_SPILLED + self.len / SPILLED_AT_MOST {
+                    self.grow(slots);
+                }
+            }
+        }
+        true
+    }
+
+    /// Removes the way from a digest to a slot, if it is there.
+    pub fn remove(&mut self, digest: &SecretDigest, id: SlotId) {
+        let (part, number) = place_of(digest, self.pages.len(), self.numbers);
+        if let Some(mut page) = self.pages[part].get_mut(&number)
+            && let Some(place) = page.slots.iter().position(|held| *held == id)
+        {
+            page.fill(place, 0, NONE);
+            self.len -= 1;
+        } else if self.spilled.remove_if(&digest.0, |_, held| *held == id).is_some() {
+            self.len -= 1;
+        }
+    }
+
+    /// Deals all anew over twice as many pages.
+    fn grow(&mut self, slots: &Slots) {
+        let mut grown = SecretsBuilder::with_capacity(self.len.max(self.numbers as usize * AVERAGE) * 2);
+        let held = std::mem::replace(self, SecretsBuilder::with_capacity(0));
+        for id in held.build().slots() {
+            if let Some(slot) = slots.get(id).filter(|slot| slot.holds_secret()) {
+                grown.put(slots, &slot.digest(), id);
+            }
+        }
+        *self = grown;
+    }
+
+    pub fn build(self) -> Secrets {
+        Secrets {
+            pages: self.pages.into_iter().map(DashMap::into_read_only).collect(),
+            numbers: self.numbers,
+            spilled: self.spilled.into_read_only(),
+            len: self.len,
+        }
+    }
+}
+
+/// So few may have found their pages full in any map: a small one is not to be made larger for them.
+const RECENT_SPILLED: usize = 64;
+
+impl From<&Secrets> for SecretsBuilder {
+    fn from(secrets: &Secrets) -> Self {
+        SecretsBuilder {
+            pages: secrets.pages.iter().map(|part| part.clone().into_inner()).collect(),
+            numbers: secrets.numbers,
+            spilled: secrets.spilled.clone().into_inner(),
+            len: secrets.len,
+        }
+    }
+}
+
+impl Page {
+    const EMPTY: Page = Page {
+        tags: [0; PLACES * 2],
+        slots: [NONE; PLACES],
+        spilled: false,
+    };
+
+    /// Asks the memory for the second of the page's cache lines, so that both come at once.
+    #[inline]
+    fn fetch(&self) {
+        std::hint::black_box(self.spilled);
+    }
+
+    /// What `accept` makes of the first slot with this tag that it accepts.
+    #[inline]
+    fn find<R>(&self, tag: u16, accept: impl Fn(SlotId) -> Option<R>) -> Option<R> {
+        const LANE: u64 = 0x0001_0001_0001_0001;
+        for (word, four) in self.tags.chunks_exact(8).enumerate() {
+            let differing = u64::from_le_bytes(four.try_into().unwrap_or_default()) ^ (u64::from(tag) * LANE);
+            // The top bit of every lane that is 0 (and of some above one: what they lead to is compared anyway).
+            let mut same = differing.wrapping_sub(LANE) & !differing & (LANE << 15);
+            while same != 0 {
+                let id = self.slots[word * 4 + same.trailing_zeros() as usize / 16];
+                if id != NONE
+                    && let Some(found) = accept(id)
+                {
+                    return Some(found);
+                }
+                same &= same - 1;
+            }
+        }
+        None
+    }
+
+    fn fill(&mut self, place: usize, tag: u16, id: SlotId) {
+        self.tags[place * 2..place * 2 + 2].copy_from_slice(&tag.to_le_bytes());
+        self.slots[place] = id;
+    }
+}
+
+/// The map that a digest's page is in, and the page's number.
+#[inline]
+fn place_of(digest: &SecretDigest, parts: usize, numbers: u32) -> (usize, u32) {
+    let [a, b, c, d, ..] = digest.0;
+    let prefix = u32::from_ne_bytes([a, b, c, d]);
+    let number = ((u64::from(prefix) * u64::from(numbers)) >> 32) as u32;
+    (parts::of(prefix, parts), number)
+}
+
+#[inline]
+fn tag_of(digest: &SecretDigest) -> u16 {
+    u16::from_ne_bytes([digest.0[4], digest.0[5]])
+}
+
+type NumberHash = BuildHasherDefault<NumberHasher>;
+
+/// One multiplication (by 2^64 / φ, Knuth's) spreads a page's number over the 64 bits that the map wants: high ones
+/// choose the shard and the tag, low ones the bucket.
+#[derive(Default)]
+struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        self.0 = u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(self.0 as u32 ^ u32::from(*byte));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(n: u32) -> SecretDigest {
+        SecretDigest::of(&n.to_ne_bytes())
+    }
+
+    fn slots_with(secrets: u32) -> Slots {
+        let slots = Slots::new();
+        for id in 0..secrets {
+            assert!(slots.allocate(id));
+            slots.get(id).unwrap().put(&digest(id));
+        }
+        slots
+    }
+
+    #[test]
+    fn a_page_is_two_cache_lines_with_its_number() {
+        assert_eq!(size_of::<(u32, Page)>(), 128);
+    }
+
+    #[test]
+    fn every_secret_is_found_however_few_were_expected() {
+        const SECRETS: u32 = 5_000;
+        let slots = slots_with(SECRETS);
+        for expected in [0, 100, SECRETS as usize, 20_000] {
+            let mut builder = SecretsBuilder::with_capacity(expected);
+            for id in 0..SECRETS {
+                assert!(builder.put(&slots, &digest(id), id) && builder.put(&slots, &digest(id), id));
+            }
+            assert!(!builder.put(&slots, &digest(7), 8), "held by slot 7");
+            let spilled = builder.spilled.len();
+            assert!(
+                spilled <= RECENT_SPILLED + SECRETS as usize / SPILLED_AT_MOST,
+                "{spilled}"
+            );
+            let mut again = SecretsBuilder::from(&builder.build());
+            for id in 0..SECRETS / 2 {
+                again.remove(&digest(id), id);
+                again.remove(&digest(id), id);
+            }
+            let secrets = again.build();
+            assert_eq!(secrets.len(), SECRETS as usize / 2);
+            assert_eq!(secrets.slots().count(), SECRETS as usize / 2);
+            for id in 0..SECRETS + 100 {
+                let found = secrets.find(&slots, &digest(id)).map(|(found, _)| found);
+                assert_eq!(found, (SECRETS / 2..SECRETS).contains(&id).then_some(id), "{id}");
+            }
+        }
+    }
+
+    #[test]
+    fn secrets_with_one_page_and_tag_are_told_apart() {
+        let slots = Slots::new();
+        let digest = |n: u8| {
+            let mut bytes = [9; 32];
+            bytes[31] = n;
+            SecretDigest(bytes)
+        };
+        let mut builder = SecretsBuilder::with_capacity(1_000);
+        for n in 0..40 {
+            assert!(slots.allocate(n.into()));
+            slots.get(n.into()).unwrap().put(&digest(n));
+            assert!(builder.put(&slots, &digest(n), n.into()));
+        }
+        let secrets = builder.build();
+        for n in 0..41 {
+            let found = secrets.find(&slots, &digest(n)).map(|(found, _)| found);
+            assert_eq!(found, (n < 40).then_some(n.into()));
+        }
+    }
+}
