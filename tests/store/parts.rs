@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::json;
+use sqlx::Connection as _;
 use tollgate::control::model::{
     Actor, ApiKey, AuditNote, Caller, Fault, KeySecret, Organization, Origin, Session, User,
 };
@@ -20,6 +21,18 @@ impl Place {
     pub async fn open(url: String) -> Self {
         let store = store::open(&url).await.unwrap();
         Self { url, store }
+    }
+
+    /// How many rows a table has.
+    pub async fn rows(&self, table: &str) -> i64 {
+        let count = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}"));
+        if self.url.starts_with("sqlite") {
+            let mut connection = sqlx::SqliteConnection::connect(&self.url).await.unwrap();
+            sqlx::query_scalar(count).fetch_one(&mut connection).await.unwrap()
+        } else {
+            let mut connection = sqlx::PgConnection::connect(&self.url).await.unwrap();
+            sqlx::query_scalar(count).fetch_one(&mut connection).await.unwrap()
+        }
     }
 
     /// As another process would.

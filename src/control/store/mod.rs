@@ -22,6 +22,7 @@ pub mod copy;
 mod line;
 pub mod postgres;
 pub mod sqlite;
+mod stretch;
 
 /// Opens the database at `sqlite://…` or `postgres://…` and brings its schema up to date.
 ///

@@ -46,6 +46,37 @@ pub async fn a_batch_counts_once_whoever_takes_it(place: Place) {
     assert_eq!(place.store.apply_usage(&batch(31, &[]), 1).await, Ok(true));
 }
 
+/// Batches 11 to 25 are lost to the ledger: it was restored from a backup, or the gate merged them before they were sent.
+/// What comes later counts once, and is no more to remember than the gap.
+pub async fn a_gap_that_never_closes_costs_one_row(place: Place) {
+    register(&*place.store, "acme").await;
+    create(&*place.store, "org_acme", "k001").await.unwrap();
+    let apply = async |sequence| {
+        let batch = batch(sequence, &[("key_k001", "default", 5, 1)]);
+        place.store.apply_usage(&batch, 1).await.unwrap()
+    };
+    for sequence in (1..=10).chain(26..=60) {
+        assert!(apply(sequence).await, "{sequence}");
+    }
+    assert_eq!(place.rows("usage_ahead").await, 1);
+    for sequence in [1, 10, 26, 40, 60] {
+        assert!(!apply(sequence).await, "{sequence}");
+    }
+    // Another gap, which closes from both ends.
+    for sequence in [63, 61, 62] {
+        assert!(apply(sequence).await, "{sequence}");
+    }
+    assert_eq!(place.rows("usage_ahead").await, 1);
+    // What was merely late closes the first one.
+    for sequence in (11..=25).rev() {
+        assert!(apply(sequence).await, "{sequence}");
+    }
+    assert_eq!(place.rows("usage_ahead").await, 0);
+    assert!(!apply(30).await && apply(64).await);
+    let total = place.store.usage(&usage_query()).await.unwrap().permits;
+    assert_eq!(total.iter().map(|row| row.count).collect::<Vec<_>>(), [64]);
+}
+
 pub async fn usage_is_summed_by_what_was_asked(place: Place) {
     let store = &*place.store;
     register(store, "acme").await;

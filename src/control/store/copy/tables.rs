@@ -155,9 +155,9 @@ pub(super) const TABLES: &[Table] = &[
         order: &["gate", "run"],
     },
     Table {
-        name: "usage_overtaken",
-        columns: &[("gate", Text), ("run", Text), ("sequence", Number)],
-        order: &["gate", "run", "sequence"],
+        name: "usage_ahead",
+        columns: &[("gate", Text), ("run", Text), ("first", Number), ("last", Number)],
+        order: &["gate", "run", "first"],
     },
     Table {
         name: "audit",

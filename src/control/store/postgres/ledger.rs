@@ -6,6 +6,7 @@ use sqlx::{PgConnection, Postgres, QueryBuilder};
 use super::retry::{Attempt, retry};
 use super::{PostgresStore, commit, is_nowhere};
 use crate::control::model::Fault;
+use crate::control::store::stretch::{Stretch, after};
 use crate::control::store::{LedgerStore, UsageQuery, UsageRow, UsageRows};
 use crate::wire::{LastUsed, UsageBatch};
 
@@ -163,38 +164,41 @@ async fn mark_applied(tx: &mut PgConnection, batch: &UsageBatch, now_ms: i64) ->
     if sequence <= through {
         return Ok(false);
     }
-    let inserted =
-        sqlx::query("INSERT INTO usage_overtaken (gate, run, sequence) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING")
+    let near: Vec<(i64, i64)> = sqlx::query_as(
+        "SELECT first, last FROM usage_ahead WHERE gate = $1 AND run = $2 AND first <= $3 ORDER BY first DESC LIMIT 2",
+    )
+    .bind(&batch.gate)
+    .bind(&batch.run)
+    .bind(after(sequence))
+    .fetch_all(&mut *tx)
+    .await?;
+    let near: Vec<Stretch> = near.into_iter().map(|(first, last)| Stretch { first, last }).collect();
+    let Some(joined) = Stretch::with(sequence, &near) else {
+        return Ok(false);
+    };
+    sqlx::query("DELETE FROM usage_ahead WHERE gate = $1 AND run = $2 AND first BETWEEN $3 AND $4")
+        .bind(&batch.gate)
+        .bind(&batch.run)
+        .bind(joined.first)
+        .bind(joined.last)
+        .execute(&mut *tx)
+        .await?;
+    if joined.first == through + 1 {
+        sqlx::query("UPDATE usage_runs SET applied_through = $3 WHERE gate = $1 AND run = $2")
             .bind(&batch.gate)
             .bind(&batch.run)
-            .bind(sequence)
+            .bind(joined.last)
             .execute(&mut *tx)
             .await?;
-    if inserted.rows_affected() == 0 {
-        return Ok(false);
-    }
-    let waiting: Vec<i64> =
-        sqlx::query_scalar("SELECT sequence FROM usage_overtaken WHERE gate = $1 AND run = $2 ORDER BY sequence")
+    } else {
+        sqlx::query("INSERT INTO usage_ahead (gate, run, first, last) VALUES ($1, $2, $3, $4)")
             .bind(&batch.gate)
             .bind(&batch.run)
-            .fetch_all(&mut *tx)
+            .bind(joined.first)
+            .bind(joined.last)
+            .execute(&mut *tx)
             .await?;
-    let through = waiting.into_iter().fold(
-        through,
-        |through, next| if next == through + 1 { next } else { through },
-    );
-    sqlx::query("UPDATE usage_runs SET applied_through = $3 WHERE gate = $1 AND run = $2")
-        .bind(&batch.gate)
-        .bind(&batch.run)
-        .bind(through)
-        .execute(&mut *tx)
-        .await?;
-    sqlx::query("DELETE FROM usage_overtaken WHERE gate = $1 AND run = $2 AND sequence <= $3")
-        .bind(&batch.gate)
-        .bind(&batch.run)
-        .bind(through)
-        .execute(&mut *tx)
-        .await?;
+    }
     Ok(true)
 }
 

@@ -5,6 +5,7 @@ use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 
 use super::{SqliteStore, fault};
 use crate::control::model::Fault;
+use crate::control::store::stretch::{Stretch, after};
 use crate::control::store::{LedgerStore, UsageQuery, UsageRow, UsageRows};
 use crate::wire::UsageBatch;
 
@@ -76,45 +77,49 @@ async fn mark_applied(tx: &mut SqliteConnection, batch: &UsageBatch, now_ms: i64
     if sequence <= through {
         return Ok(false);
     }
-    let inserted = sqlx::query("INSERT OR IGNORE INTO usage_overtaken (gate, run, sequence) VALUES (?, ?, ?)")
+    let near: Vec<(i64, i64)> = sqlx::query_as(
+        "SELECT first, last FROM usage_ahead WHERE gate = ? AND run = ? AND first <= ? ORDER BY first DESC LIMIT 2",
+    )
+    .bind(&batch.gate)
+    .bind(&batch.run)
+    .bind(after(sequence))
+    .fetch_all(&mut *tx)
+    .await
+    .map_err(fault)?;
+    let near: Vec<Stretch> = near.into_iter().map(|(first, last)| Stretch { first, last }).collect();
+    let Some(joined) = Stretch::with(sequence, &near) else {
+        return Ok(false);
+    };
+    sqlx::query("DELETE FROM usage_ahead WHERE gate = ? AND run = ? AND first BETWEEN ? AND ?")
         .bind(&batch.gate)
         .bind(&batch.run)
-        .bind(sequence)
+        .bind(joined.first)
+        .bind(joined.last)
         .execute(&mut *tx)
         .await
         .map_err(fault)?;
-    if inserted.rows_affected() == 0 {
-        return Ok(false);
-    }
-    let waiting: Vec<i64> =
-        sqlx::query_scalar("SELECT sequence FROM usage_overtaken WHERE gate = ? AND run = ? ORDER BY sequence")
+    let closes_the_gap = joined.first == through + 1;
+    if !closes_the_gap {
+        sqlx::query("INSERT INTO usage_ahead (gate, run, first, last) VALUES (?, ?, ?, ?)")
             .bind(&batch.gate)
             .bind(&batch.run)
-            .fetch_all(&mut *tx)
+            .bind(joined.first)
+            .bind(joined.last)
+            .execute(&mut *tx)
             .await
             .map_err(fault)?;
-    let through = waiting.into_iter().fold(
-        through,
-        |through, next| if next == through + 1 { next } else { through },
-    );
+    }
     sqlx::query(
         "INSERT INTO usage_runs (gate, run, applied_through, last_at_ms) VALUES (?, ?, ?, ?)
          ON CONFLICT DO UPDATE SET applied_through = excluded.applied_through, last_at_ms = excluded.last_at_ms",
     )
     .bind(&batch.gate)
     .bind(&batch.run)
-    .bind(through)
+    .bind(if closes_the_gap { joined.last } else { through })
     .bind(now_ms)
     .execute(&mut *tx)
     .await
     .map_err(fault)?;
-    sqlx::query("DELETE FROM usage_overtaken WHERE gate = ? AND run = ? AND sequence <= ?")
-        .bind(&batch.gate)
-        .bind(&batch.run)
-        .bind(through)
-        .execute(&mut *tx)
-        .await
-        .map_err(fault)?;
     Ok(true)
 }
 

@@ -1,0 +1,21 @@
+-- What is in the ledger beyond `applied_through` was kept as one row for each batch. Numbers can be missing for good: of
+-- batches that a gate merged before it sent them, or that a restored backup does not have. Every later batch of the run
+-- then left a row and read all those before it. As stretches they are as many rows as there are gaps.
+--
+-- A process of the version before cannot take batches into the new table: gates keep theirs until one of this version does.
+CREATE TABLE usage_ahead (
+    gate  text COLLATE "C" NOT NULL,
+    run   text COLLATE "C" NOT NULL,
+    first bigint NOT NULL,
+    last  bigint NOT NULL CHECK (last >= first),
+    PRIMARY KEY (gate, run, first)
+);
+
+INSERT INTO usage_ahead (gate, run, first, last)
+SELECT gate, run, min(sequence), max(sequence)
+FROM (SELECT gate, run, sequence,
+             sequence - row_number() OVER (PARTITION BY gate, run ORDER BY sequence) AS stretch
+      FROM usage_overtaken) AS each
+GROUP BY gate, run, stretch;
+
+DROP TABLE usage_overtaken;
