@@ -98,6 +98,26 @@ impl ApiKey {
             KeyStatus::Active
         }
     }
+
+    /// How one of its secrets stands at `now_ms`.
+    pub fn secret_state(&self, secret: &KeySecret, now_ms: i64) -> SecretState {
+        match secret.not_after_ms {
+            _ if self.revoked_at_ms.is_some() => SecretState::Dead,
+            None => SecretState::Current,
+            Some(_) if secret.in_grace(now_ms) => SecretState::Grace,
+            Some(_) => SecretState::Dead,
+        }
+    }
+}
+
+/// How a secret stands, whether or not its key is disabled or has expired: both can be undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SecretState {
+    Current,
+    /// An old one that still works.
+    Grace,
+    /// Refused for good: its grace is over, or its key is revoked.
+    Dead,
 }
 
 /// How a key stands.

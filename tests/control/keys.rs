@@ -73,6 +73,7 @@ async fn a_key_is_made_shown_changed_and_revoked() {
 
     let revoked = harness.delete(&tenant, &path).await.expect(200);
     assert_eq!(revoked["status"], "revoked");
+    assert_eq!(revoked["secrets"][0]["state"], "dead", "as the portal has it");
     assert_eq!(
         harness.delete(&tenant, &path).await.expect(200)["revision"],
         revoked["revision"]

@@ -4,7 +4,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::value::Date;
-use crate::control::model::{ApiKey, Applied, KeySecret, KeyStatus};
+use crate::control::model::{self, ApiKey, Applied, KeySecret, KeyStatus};
 
 /// A key. Its secrets are not here: they are known as digests only.
 #[derive(Serialize, ToSchema)]
@@ -66,6 +66,7 @@ pub enum SecretState {
     Current,
     /// An old one that still works.
     Grace,
+    /// Refused for good: its grace is over, or the key is revoked.
     Dead,
 }
 
@@ -131,7 +132,7 @@ impl KeyView {
         let secrets: Vec<_> = key
             .secrets
             .iter()
-            .map(|s| SecretView::of(s, &key.prefix, now_ms))
+            .map(|secret| SecretView::of(secret, &key, now_ms))
             .collect();
         KeyView {
             masked: secrets.first().map(|s| s.masked.clone()).unwrap_or_default(),
@@ -153,14 +154,14 @@ impl KeyView {
 }
 
 impl SecretView {
-    fn of(secret: &KeySecret, prefix: &str, now_ms: i64) -> Self {
+    fn of(secret: &KeySecret, key: &ApiKey, now_ms: i64) -> Self {
         SecretView {
             id: secret.id(),
-            masked: format!("{prefix}…{}", secret.last_four),
-            state: match secret.not_after_ms {
-                None => SecretState::Current,
-                Some(_) if secret.in_grace(now_ms) => SecretState::Grace,
-                Some(_) => SecretState::Dead,
+            masked: format!("{}…{}", key.prefix, secret.last_four),
+            state: match key.secret_state(secret, now_ms) {
+                model::SecretState::Current => SecretState::Current,
+                model::SecretState::Grace => SecretState::Grace,
+                model::SecretState::Dead => SecretState::Dead,
             },
             created_at: Date(secret.created_at_ms),
             not_after: secret.not_after_ms.map(Date),

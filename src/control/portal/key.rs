@@ -14,7 +14,7 @@ use super::input::{Asked, Input, Posted};
 use super::page::{Problem, Shell, page, page_with};
 use super::parts::{Markup, count, date, duration, masked, masked_key, short_digest, status_badge, when, when_or};
 use super::person::Person;
-use crate::control::model::{ApiKey, Applied};
+use crate::control::model::{ApiKey, Applied, KeySecret, SecretState};
 use crate::control::service::keys::KeyPatch;
 use crate::control::store::AuditQuery;
 
@@ -278,13 +278,12 @@ fn revoke_page(portal: &Shared, person: &Person, key: &ApiKey) -> RevokePage {
 }
 
 fn secrets(key: &ApiKey, now_ms: i64) -> Vec<SecretRow> {
-    let row = |(index, secret): (usize, &crate::control::model::KeySecret)| {
+    let row = |secret: &KeySecret| {
         let ends = [secret.not_after_ms, key.expires_at_ms, key.revoked_at_ms];
-        let is_dead = key.revoked_at_ms.is_some() || secret.not_after_ms.is_some_and(|end| end <= now_ms);
-        let (state, class) = match index {
-            _ if is_dead => ("Dead", "revoked"),
-            0 => ("Current", "active"),
-            _ => ("Grace period", "rotating"),
+        let (state, class) = match key.secret_state(secret, now_ms) {
+            SecretState::Current => ("Current", "active"),
+            SecretState::Grace => ("Grace period", "rotating"),
+            SecretState::Dead => ("Dead", "revoked"),
         };
         SecretRow {
             masked: masked(&key.prefix, &secret.last_four),
@@ -296,7 +295,7 @@ fn secrets(key: &ApiKey, now_ms: i64) -> Vec<SecretRow> {
             dies: when_or(ends.into_iter().flatten().min(), now_ms, "with the key"),
         }
     };
-    key.secrets.iter().take(10).enumerate().map(row).collect()
+    key.secrets.iter().take(10).map(row).collect()
 }
 
 fn grace(key: &ApiKey, now_ms: i64) -> Option<Grace> {
