@@ -85,7 +85,7 @@ pub fn run(scenario: &Scenario, gate: &RunningGate, time: Duration, round: usize
         };
         for connection in 0..connections {
             let keys = Keys::new(scenario, gate, connection, round);
-            let (scenario, plain, tls) = (scenario.clone(), gate.plain, gate.tls);
+            let (scenario, plain, tls) = (scenario.clone(), gate.program.address, gate.tls);
             let certificate = gate.certificate.clone();
             tasks.spawn(async move {
                 let address = if scenario.protocol.is_tls() { tls } else { plain };
@@ -269,7 +269,7 @@ impl Wrk {
         let (scheme, address) = if scenario.protocol.is_tls() {
             ("https", gate.tls)
         } else {
-            ("http", gate.plain)
+            ("http", gate.program.address)
         };
         let output = Command::new("wrk")
             .args(["-t1", &format!("-c{CONNECTIONS}"), "-s"])

@@ -1,24 +1,22 @@
 //! A gate to measure: the real binary with a key file.
 
 use super::gate_support::secret;
+use super::program::{BINARY, Program, free_address};
 use super::scenario::Setup;
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{BufWriter, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 use tollgate::gate::key::SecretDigest;
 
 pub struct RunningGate {
-    process: Child,
-    pub plain: SocketAddr,
+    pub program: Program,
     pub tls: SocketAddr,
     pub certificate: PathBuf,
     pub keys: u32,
-    /// From the start of the process to its first 200.
-    pub first_answer_after: Duration,
 }
 
 impl RunningGate {
@@ -29,58 +27,30 @@ impl RunningGate {
         let certificate = write_certificate(&home);
         write_keys(&home.join("keys.ndjson"), setup.keys);
         let (plain, tls) = (free_address(), free_address());
-        let configuration = home.join("tollgate.yaml");
-        fs::write(&configuration, configured(&home, setup, origin, plain, tls)).expect("a directory of ours");
-
-        let binary = env!("CARGO_BIN_EXE_tollgate");
         // Two workers need more than one processor.
-        let mut command = if pinned && setup.workers == 1 {
+        let command = if pinned && setup.workers == 1 {
             let mut command = Command::new("taskset");
-            command.args(["-c", "0", binary]);
+            command.args(["-c", "0", BINARY]);
             command
         } else if pinned {
             let mut command = Command::new("taskset");
-            command.args(["-c", &format!("0-{}", processors() - 1), binary]);
+            command.args(["-c", &format!("0-{}", processors() - 1), BINARY]);
             command
         } else {
-            Command::new(binary)
+            Command::new(BINARY)
         };
-        let begun = Instant::now();
-        let process = command
-            .args(["run", "-c"])
-            .arg(&configuration)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(home.join("stderr")).expect("a directory of ours"))
-            .spawn()
-            .expect("the gate's binary can be started");
-        let mut gate = RunningGate {
-            process,
-            plain,
+        let configuration = configured(&home, setup, origin, plain, tls);
+        RunningGate {
+            program: Program::start(command, &home, &configuration, plain),
             tls,
             certificate,
             keys: setup.keys,
-            first_answer_after: Duration::ZERO,
-        };
-        while !gate.answers() {
-            let tail = || fs::read_to_string(home.join("stderr")).unwrap_or_default();
-            assert!(
-                begun.elapsed() < Duration::from_secs(120),
-                "the gate does not answer: {}",
-                tail()
-            );
-            if let Ok(Some(status)) = gate.process.try_wait() {
-                panic!("the gate ended, {status}: {}", tail());
-            }
-            std::thread::sleep(Duration::from_millis(5));
         }
-        gate.first_answer_after = begun.elapsed();
-        gate
     }
 
     /// CPU time of all threads so far.
     pub fn cpu(&self) -> Duration {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.process.id())).expect("a running gate");
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.program.process.id())).expect("a running gate");
         let on_cpu_ns = |task: fs::DirEntry| {
             let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
             text.split(' ').next()?.parse::<u64>().ok()
@@ -90,32 +60,11 @@ impl RunningGate {
 
     /// Memory that is the gate's alone, and its share of what is not.
     pub fn resident_mib(&self) -> u64 {
-        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.process.id())).unwrap_or_default();
+        let rollup =
+            fs::read_to_string(format!("/proc/{}/smaps_rollup", self.program.process.id())).unwrap_or_default();
         let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
         let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
         kib.unwrap_or_default() / 1024
-    }
-
-    fn answers(&self) -> bool {
-        let Ok(mut stream) = TcpStream::connect(self.plain) else {
-            return false;
-        };
-        let request = format!(
-            "GET /v1/0 HTTP/1.1\r\nHost: load.test\r\nx-api-key: {}\r\nConnection: close\r\n\r\n",
-            secret(0)
-        );
-        let mut answer = String::new();
-        stream.write_all(request.as_bytes()).is_ok()
-            && stream.read_to_string(&mut answer).is_ok()
-            && answer.starts_with("HTTP/1.1 200")
-    }
-}
-
-impl Drop for RunningGate {
-    fn drop(&mut self) {
-        // Only this process, which was started here.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 
@@ -184,12 +133,6 @@ fn write_certificate(home: &Path) -> PathBuf {
     fs::write(&path, made.cert.pem()).expect("a directory of ours");
     fs::write(home.join("key.pem"), made.signing_key.serialize_pem()).expect("a directory of ours");
     path
-}
-
-/// Free when asked; the gate takes it a moment later.
-fn free_address() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound address")
 }
 
 fn processors() -> usize {

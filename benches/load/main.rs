@@ -19,6 +19,7 @@
 mod client;
 mod gate;
 mod origin;
+mod program;
 mod report;
 mod scenario;
 
@@ -61,7 +62,7 @@ fn main() {
 
     let mut report = Report::new(pinned, wrk.as_ref().map(|wrk| wrk.version.clone()), rounds, time);
     for (setup, gate) in &gates {
-        report.started(*setup, gate.first_answer_after, gate.resident_mib());
+        report.started(*setup, gate.program.first_answer_after, gate.resident_mib());
     }
     for round in 0..=rounds {
         for scenario in &scenarios {

@@ -5,18 +5,19 @@
 //! follows it, then the `tollgate` binary as a gate, and writes `benches/results/resync.md`. Given a directory
 //! (`-- DIRECTORY`), it keeps the control plane's database there for the next time.
 
+mod follower;
 #[path = "../../tests/gate_support/mod.rs"]
 mod gate_support;
 #[path = "../load/origin.rs"]
 mod origin;
 mod plane;
+#[path = "../load/program.rs"]
 mod program;
 mod requests;
 
 use gate_support::{CLIENT, ask, headers, settings};
 use origin::Origin;
 use plane::{ORGANIZATIONS, Plane};
-use program::Program;
 use requests::{ASKED, BURST, PAUSE, Requests, THREADS, Times};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -214,12 +215,12 @@ impl Bench {
     fn as_a_program(&self, home: &Path, text: &mut String) {
         let origin = Origin::start();
         let mut starts: Vec<Duration> = (0..ROUNDS)
-            .map(|_| Program::start(home, &self.plane.url, origin.address).first_answer_after)
+            .map(|_| follower::start(home, &self.plane.url, origin.address).first_answer_after)
             .collect();
         starts.sort_unstable();
         eprintln!("first 200 after the start: {starts:?}");
 
-        let program = Program::start(home, &self.plane.url, origin.address);
+        let program = follower::start(home, &self.plane.url, origin.address);
         // A gate that has just started has a spool to write first.
         self.runtime.block_on(self.plane.resync(&self.client, true));
         let requests = Requests::http(program.address, REQUESTS_WHILE.len());

@@ -1,6 +1,5 @@
-//! The real binary as a gate, and how long it takes from its start to the first answer.
+//! The real binary as a gate, from its start to its end.
 
-use super::TOKEN;
 use super::gate_support::secret;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -9,27 +8,26 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// What Cargo built beside the bench.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_tollgate");
+
 pub struct Program {
-    process: Child,
+    pub process: Child,
     pub address: SocketAddr,
     /// From the start of the process to its first 200.
     pub first_answer_after: Duration,
 }
 
 impl Program {
-    /// Starts a gate that follows the control plane at `plane`, with the spool that lies in `home/gate`.
-    pub fn start(home: &Path, plane: &str, origin: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("a bound address");
-        // The gate takes it a moment later.
-        drop(listener);
-        let configuration = home.join("tollgate.yaml");
-        fs::write(home.join("feed.token"), TOKEN).expect("a directory of ours");
-        fs::write(&configuration, configured(home, plane, origin, address)).expect("a directory of ours");
+    /// Has `command`, which is the binary or runs it, start a gate with this `configuration`, which listens at `address` and
+    /// lets key 0 through. Its files are in `home`.
+    pub fn start(mut command: Command, home: &Path, configuration: &str, address: SocketAddr) -> Self {
+        let file = home.join("tollgate.yaml");
+        fs::write(&file, configuration).expect("a directory of ours");
         let begun = Instant::now();
-        let process = Command::new(env!("CARGO_BIN_EXE_tollgate"))
+        let process = command
             .args(["run", "-c"])
-            .arg(&configuration)
+            .arg(&file)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(home.join("stderr")).expect("a directory of ours"))
@@ -42,7 +40,7 @@ impl Program {
         };
         while !program.answers() {
             let said = || fs::read_to_string(home.join("stderr")).unwrap_or_default();
-            assert!(begun.elapsed() < Duration::from_secs(60), "no answer: {}", said());
+            assert!(begun.elapsed() < Duration::from_secs(120), "no answer: {}", said());
             if let Ok(Some(status)) = program.process.try_wait() {
                 panic!("the gate ended, {status}: {}", said());
             }
@@ -75,25 +73,8 @@ impl Drop for Program {
     }
 }
 
-fn configured(home: &Path, plane: &str, origin: SocketAddr, address: SocketAddr) -> String {
-    let home = home.display();
-    format!(
-        r#"version: 1
-gate:
-  name: gate-1
-  threads: 2
-  listen: [{{address: "{address}"}}]
-  state_dir: {home}/gate
-  feed: {{url: "{plane}", token_file: {home}/feed.token}}
-keys: {{environments: {{live: {{prefix: pxk_live_, billed: true}}, test: {{prefix: pxk_test_, billed: false}}}}}}
-scopes: ["permissions:check", "storage:read"]
-tiers: {{default: {{limit: 1000000000, window: 1h}}}}
-plans: {{starter: {{}}}}
-upstreams: {{origin: {{servers: ["{origin}"]}}}}
-routes:
-  - {{name: things, match: {{path: "/v1/**"}}, scope: "storage:read", upstream: origin}}
-admin: {{listen: "127.0.0.1:0"}}
-log: {{level: info, access: off}}
-"#
-    )
+/// Free when asked; the gate takes it a moment later.
+pub fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound address")
 }
