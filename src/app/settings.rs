@@ -401,6 +401,10 @@ pub fn control(config: &Config) -> Option<control::Settings> {
         max_grace_ms: config.keys.rotation.max_grace.as_millis() as i64,
         registrations_per_hour: own.registrations_per_hour,
         login_attempts: own.login_attempts,
+        retention: control::Retention {
+            audit: own.retention.audit,
+            usage_by_minute: own.retention.usage_by_minute,
+        },
         ..control::Settings::default()
     };
     let networks = own.trusted_proxies.iter();

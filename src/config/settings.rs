@@ -430,6 +430,16 @@ pub struct Control {
     pub login_attempts: u32,
     /// Proxies whose forwarding headers are believed, as in [`Gate::trusted_proxies`].
     pub trusted_proxies: Vec<Network>,
+    pub retention: Retention,
+}
+
+/// How long what grows without end is kept; `None`: for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Lines of the audit log.
+    pub audit: Option<Duration>,
+    /// Usage by the minute, which is then kept by the hour.
+    pub usage_by_minute: Option<Duration>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -28,6 +28,6 @@ mod throttle;
 mod time;
 
 pub use plane::{ControlError, ControlPlane, DevKey, backup, copy, migrate, migration_states};
-pub use settings::{Environment, Network, Plan, Registration, Scope, Settings, Tier};
+pub use settings::{Environment, Network, Plan, Registration, Retention, Scope, Settings, Tier};
 pub use store::MigrationState;
 pub use store::copy::{Copied, Progress};

@@ -76,7 +76,7 @@ impl ControlPlane {
     }
 
     /// Does what falls due with time: lets gates forget keys that were revoked 30 days ago, forgets old sessions and
-    /// outcomes. [`ControlPlane::serve`] calls it each minute; tests with a clock of their own call it themselves.
+    /// outcomes, and what the settings say is kept for a while only. [`ControlPlane::serve`] calls it each minute; tests with a clock of their own call it themselves.
     pub async fn maintain(&self) -> Result<(), ControlError> {
         Ok(self.0.maintain().await?)
     }

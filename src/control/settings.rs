@@ -39,6 +39,25 @@ pub struct Settings {
     pub registrations_per_hour: u32,
     /// How many failed sign-ins one address, and one account, may have in 15 minutes: 10.
     pub login_attempts: u32,
+    pub retention: Retention,
+}
+
+/// How long what grows without end is kept; none: for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Lines of the audit log: for ever.
+    pub audit: Option<Duration>,
+    /// Usage by the minute, which is then kept by the hour: 90 d.
+    pub usage_by_minute: Option<Duration>,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            audit: None,
+            usage_by_minute: Some(Duration::from_secs(90 * 24 * 3_600)),
+        }
+    }
 }
 
 impl Default for Settings {
@@ -63,6 +82,7 @@ impl Default for Settings {
             gate_live_for: Duration::from_secs(15),
             registrations_per_hour: 100,
             login_attempts: 10,
+            retention: Retention::default(),
         }
     }
 }

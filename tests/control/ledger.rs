@@ -2,8 +2,10 @@
 
 use reqwest::Method;
 use serde_json::{Value, json};
+use std::time::Duration;
+use tollgate::control::{Retention, Settings};
 
-use crate::harness::{Harness, START_MS, Tenant, text};
+use crate::harness::{Harness, START_MS, Tenant, settings, text};
 
 on_every_engine! {
     batches_count_once_in_any_order,
@@ -12,6 +14,8 @@ on_every_engine! {
     buckets_are_whole_and_csv_says_the_same,
     the_last_use_of_keys_and_secrets_only_moves_forward,
     a_broken_batch_is_refused_whole,
+    old_usage_is_kept_by_the_hour_and_every_total_stays,
+    old_lines_of_the_audit_log_are_forgotten_where_it_is_wished,
 }
 
 const MINUTE: i64 = START_MS / 60_000;
@@ -235,4 +239,107 @@ async fn a_broken_batch_is_refused_whole() {
             .refused(422, "VALIDATION_ERROR");
     }
     assert_eq!(totals(&harness, &tenant, "").await["permits"], 0);
+}
+
+const DAY: Duration = Duration::from_secs(24 * 3_600);
+
+async fn keeping(retention: Retention) -> Harness {
+    Harness::with(Settings {
+        retention,
+        ..settings()
+    })
+    .await
+}
+
+async fn old_usage_is_kept_by_the_hour_and_every_total_stays() {
+    let harness = keeping(Retention {
+        usage_by_minute: Some(31 * DAY),
+        ..Retention::default()
+    })
+    .await;
+    let tenant = harness.tenant("dev@example.com").await;
+    let count = |key: &str, tier: &str, minute: i64, count: u64| json!({"key": key, "tier": tier, "environment": "live", "minute": MINUTE + minute, "count": count});
+    let refused = |minute: i64, count: u64| {
+        json!({"key": tenant.key_id, "environment": "live", "tier": "default", "code": "RATE_LIMITED",
+            "minute": MINUTE + minute, "count": count})
+    };
+    let key = tenant.key_id.as_str();
+    let body = json!({"gate": "gate-1", "run": "r", "sequence": 1, "permits": [
+        count(key, "default", 0, 1), count(key, "default", 7, 2), count(key, "default", 59, 4), count(key, "default", 60, 8),
+        count(key, "permissions:check", 7, 16), count("key_of_nobody", "default", 7, 99)],
+        "refusals": [refused(3, 1), refused(5, 2)]});
+    harness.gate("/feed/v1/usage", body).await.expect(200);
+    let day = "from=2026-11-24T00:00:00Z&to=2026-11-25T00:00:00Z&groupBy=tier";
+    let by = async |granularity: &str| {
+        let path = format!("/api/v1/usage?{day}&granularity={granularity}");
+        harness.get(&tenant, &path).await.expect(200)
+    };
+    let minutes = async || by("minute").await["rows"].as_array().unwrap().len();
+    let (by_hour, by_day) = (by("hour").await, by("day").await);
+    assert_eq!(minutes().await, 7);
+    // The hour from 10 to 11 ended 31 days ago only when the clock shows 11.
+    harness.clock.advance(31 * DAY + Duration::from_secs(3_599));
+    harness.plane.maintain().await.unwrap();
+    assert_eq!(minutes().await, 7);
+    harness.clock.advance(Duration::from_secs(1));
+    for _ in 0..2 {
+        harness.plane.maintain().await.unwrap();
+        let rows = by("minute").await["rows"].clone();
+        let row = |start: &str, tier: &str, permits: u64, refused: u64| {
+            let refusals = if refused > 0 {
+                json!({"RATE_LIMITED": refused})
+            } else {
+                json!({})
+            };
+            json!({"start": start, "tier": tier, "permits": permits, "billable": permits, "refused": refused,
+                "refusals": refusals})
+        };
+        assert_eq!(
+            rows,
+            json!([
+                row("2026-11-24T10:00:00.000Z", "default", 7, 3),
+                row("2026-11-24T10:00:00.000Z", "permissions:check", 16, 0),
+                row("2026-11-24T11:00:00.000Z", "default", 8, 0),
+            ])
+        );
+    }
+    assert_eq!((by("hour").await, by("day").await), (by_hour, by_day));
+    // A gate that was away for long delivers what it has: it counts, to the minute.
+    let body = json!({"gate": "gate-2", "run": "r", "sequence": 1, "permits": [count(key, "default", 7, 32)]});
+    harness.gate("/feed/v1/usage", body).await.expect(200);
+    harness.plane.maintain().await.unwrap();
+    assert_eq!(by("day").await["totals"]["permits"], 1 + 2 + 4 + 8 + 16 + 32);
+    // Hours that end later are folded in their turn.
+    harness.clock.advance(Duration::from_secs(3_600));
+    harness.plane.maintain().await.unwrap();
+    assert_eq!(by("day").await["totals"]["permits"], 1 + 2 + 4 + 8 + 16 + 32);
+}
+
+async fn old_lines_of_the_audit_log_are_forgotten_where_it_is_wished() {
+    for (kept, left) in [(None, 2), (Some(30 * DAY), 1)] {
+        let harness = keeping(Retention {
+            audit: kept,
+            ..Retention::default()
+        })
+        .await;
+        let tenant = harness.tenant("dev@example.com").await;
+        let path = format!("/api/v1/keys/{}", tenant.key_id);
+        let audit = async |action: &str| {
+            let lines = harness
+                .get(&tenant, &format!("/api/v1/audit?action={action}"))
+                .await
+                .expect(200);
+            lines["items"].as_array().unwrap().len()
+        };
+        let rename = async |name: &str| harness.patch(&tenant, &path, json!({"name": name})).await.expect(200);
+        rename("first").await;
+        harness.clock.advance(DAY);
+        rename("second").await;
+        harness.clock.advance(29 * DAY);
+        harness.plane.maintain().await.unwrap();
+        assert_eq!(audit("key.update").await, 2, "the first is 30 days old, not older");
+        harness.clock.advance(Duration::from_millis(1));
+        harness.plane.maintain().await.unwrap();
+        assert_eq!(audit("key.update").await, left);
+    }
 }

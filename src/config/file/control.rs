@@ -52,6 +52,28 @@ pub(in crate::config) struct Control {
     /// Networks of proxies in front of the control plane, whose `X-Forwarded-For` is believed. The gate of the same machine is one.
     #[serde(default = "loopback")]
     pub trusted_proxies: Vec<NetworkText>,
+    /// How long what grows without end is kept.
+    #[serde(default)]
+    pub retention: Retention,
+}
+
+/// How long what grows without end is kept.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(in crate::config) struct Retention {
+    /// Lines of the audit log; at least 1d. 0: for ever.
+    pub audit: Span,
+    /// Usage by the minute; at least 31d. Then it is kept by the hour, for ever: totals by hour and day stay what they are. 90 days: a quarter's bill can be looked into to the minute. 0: for ever.
+    pub usage_by_minute: Span,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self {
+            audit: Span::secs(0),
+            usage_by_minute: Span::secs(90 * 24 * 3600),
+        }
+    }
 }
 
 fn default_plan() -> String {

@@ -4,10 +4,19 @@ use std::time::Duration;
 
 use super::super::fault::Path;
 use super::super::file;
+use super::super::scalar::Span;
 use super::super::settings::{
-    AccessLog, Admin, Cluster, ClusterMode, Control, Database, Format, Level, Log, OnLoss, Output, Registration, Secret,
+    AccessLog, Admin, Cluster, ClusterMode, Control, Database, Format, Level, Log, OnLoss, Output, Registration,
+    Retention, Secret,
 };
 use super::{Resolver, names_of};
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Less is a slip of the pen: what is forgotten does not come back.
+const LEAST_AUDIT: Duration = DAY;
+/// The portal shows what was used in the longest window, of 30 days, by the minute.
+const LEAST_USAGE: Duration = DAY.saturating_mul(31);
+const LONGEST_KEPT: Duration = DAY.saturating_mul(36_500);
 
 impl Resolver {
     pub(super) fn control(&mut self, control: &file::Control, file: &file::File) -> Control {
@@ -79,7 +88,30 @@ impl Resolver {
             registrations_per_hour: control.registrations_per_hour,
             login_attempts: control.login_attempts,
             trusted_proxies: control.trusted_proxies.iter().map(|network| network.0).collect(),
+            retention: self.retention(&path.key("retention"), &control.retention),
         }
+    }
+
+    fn retention(&mut self, path: &Path, retention: &file::Retention) -> Retention {
+        Retention {
+            audit: self.kept(&path.key("audit"), retention.audit, LEAST_AUDIT),
+            usage_by_minute: self.kept(&path.key("usage_by_minute"), retention.usage_by_minute, LEAST_USAGE),
+        }
+    }
+
+    /// How long something is kept; 0: for ever.
+    fn kept(&mut self, path: &Path, span: Span, least: Duration) -> Option<Duration> {
+        if span.0.is_zero() {
+            return None;
+        }
+        if span.0 < least || span.0 > LONGEST_KEPT {
+            let (least, most) = (Span(least), Span(LONGEST_KEPT));
+            self.fault(
+                path,
+                format!("must be 0 (for ever), or from {least} to {most}, found {span}"),
+            );
+        }
+        Some(span.0)
     }
 
     /// What TLS on the control plane's listener needs elsewhere in the file.

@@ -68,7 +68,8 @@ pub struct UsageQueryParameters {
     /// Default: now.
     #[param(value_type = Option<Date>, inline)]
     to: Option<String>,
-    /// Default: hour. Days are UTC days.
+    /// Default: hour. Days are UTC days. Usage is kept by the minute for 90 days, unless the operator has set another time:
+    /// what is older is in the first minute of its hour.
     #[param(inline)]
     granularity: Option<GranularityWord>,
     /// One or more of `key`, `tier`, `environment`, with commas between. Default: all together.

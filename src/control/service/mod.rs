@@ -17,6 +17,7 @@ pub mod accounts;
 pub mod admin;
 pub mod check;
 pub mod keys;
+mod retention;
 pub mod sessions;
 pub mod tokens;
 pub mod usage;
@@ -81,11 +82,11 @@ impl Service {
         }
     }
 
-    /// What falls due with time: keys that gates may forget, outcomes, sessions.
+    /// What falls due with time: keys that gates may forget, outcomes, sessions, and what is kept for a while only.
     pub async fn maintain(&self) -> Result<(), Fault> {
         let revision = self.store.prune(self.now_ms()).await?;
         self.hub.publish(revision);
-        Ok(())
+        self.forget_old().await
     }
 
     /// A gate has connected and says that it has `revision`. Written down before it is answered: what it acknowledges

@@ -314,6 +314,8 @@ pub enum SortValue {
 pub trait AuditStore: Send + Sync {
     /// Newest first.
     async fn audit(&self, query: &AuditQuery) -> Result<Vec<AuditLine>, Fault>;
+    /// Forgets those of the `most` oldest lines that are from before `before_ms`. Answers how many.
+    async fn forget_audit(&self, before_ms: i64, most: u32) -> Result<u64, Fault>;
 }
 
 /// A page of the audit log.
@@ -337,6 +339,11 @@ pub trait LedgerStore: Send + Sync {
     async fn apply_usage(&self, batch: &UsageBatch, now_ms: i64) -> Result<bool, Fault>;
     /// Totals by bucket and group, at most `limit` + 1 rows of each kind.
     async fn usage(&self, query: &UsageQuery) -> Result<UsageRows, Fault>;
+    /// The oldest minute that there is usage of.
+    async fn oldest_usage(&self) -> Result<Option<i64>, Fault>;
+    /// Adds up what was used in the hour that begins with the minute `hour`, as if all had been in that minute: of one
+    /// organisation, the first after `after` where something is to be added up. Answers which; none is left: `None`.
+    async fn fold_usage(&self, hour: i64, after: Option<&str>) -> Result<Option<String>, Fault>;
 }
 
 /// What is asked of the ledger. Minutes since the epoch; `to` is excluded.

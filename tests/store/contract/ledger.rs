@@ -3,7 +3,7 @@
 use futures_util::future::join_all;
 use serde_json::json;
 use tollgate::control::model::{ApiKey, Fault};
-use tollgate::control::store::{AuditQuery, OrganizationQuery, UsageQuery};
+use tollgate::control::store::{AuditQuery, OrganizationQuery, Store, UsageQuery};
 use tollgate::wire::{LastUsed, PermitCount, RefusalCount, UsageBatch};
 
 use crate::parts::*;
@@ -163,6 +163,60 @@ pub async fn usage_is_summed_by_what_was_asked(place: Place) {
         ..usage_query()
     };
     assert_eq!(rows(nobody).await.0, [(60, empty(), empty(), 99)]);
+}
+
+pub async fn an_hour_is_folded_once_whoever_does_it(place: Place) {
+    let stores = [place.store.clone(), place.again().await];
+    for name in ["acme", "bolt"] {
+        register(&*place.store, name).await;
+        create(&*place.store, &format!("org_{name}"), &format!("{name}1"))
+            .await
+            .unwrap();
+    }
+    let keys = ["key_acme1", "key_bolt1", "key_of_nobody"];
+    let apply = async |sequence: u64| {
+        let permits: Vec<_> = (0..60)
+            .map(|minute| (keys[minute as usize % 3], "default", 120 + minute, 1))
+            .collect();
+        place.store.apply_usage(&batch(sequence, &permits), 1).await.unwrap()
+    };
+    assert_eq!(place.store.oldest_usage().await, Ok(None));
+    assert!(apply(1).await);
+    assert_eq!(place.store.oldest_usage().await, Ok(Some(120)));
+    // Both fold while batches for the same hour go on coming.
+    let fold = async |store: &dyn Store| {
+        let mut organizations = vec![];
+        for _ in 0..100 {
+            let after = organizations.last().cloned();
+            match store.fold_usage(120, after.as_deref()).await.unwrap() {
+                Some(organization) => organizations.push(organization),
+                None => break,
+            }
+        }
+        organizations
+    };
+    let batches = async {
+        for sequence in 2..=20 {
+            assert!(apply(sequence).await);
+        }
+    };
+    let (first, second, ()) = tokio::join!(fold(&*stores[0]), fold(&*stores[1]), batches);
+    assert!(first.len() + second.len() >= 3, "{first:?} {second:?}");
+    fold(&*stores[1]).await;
+    assert_eq!(place.store.fold_usage(120, None).await, Ok(None));
+    assert_eq!(place.rows("usage_minutes").await, 3);
+    let rows = async |organization: &str| {
+        let query = UsageQuery {
+            organization: organization.into(),
+            bucket_minutes: 1,
+            ..usage_query()
+        };
+        let rows = place.store.usage(&query).await.unwrap().permits;
+        rows.iter().map(|row| (row.minute, row.count)).collect::<Vec<_>>()
+    };
+    for organization in ["", "org_acme", "org_bolt"] {
+        assert_eq!(rows(organization).await, [(120, 400)], "{organization:?}");
+    }
 }
 
 pub async fn a_last_use_only_moves_forward(place: Place) {

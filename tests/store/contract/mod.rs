@@ -48,6 +48,7 @@ contract! {
         a_batch_counts_once_whoever_takes_it,
         a_gap_that_never_closes_costs_one_row,
         usage_is_summed_by_what_was_asked,
+        an_hour_is_folded_once_whoever_does_it,
         a_last_use_only_moves_forward,
         the_audit_log_is_read_newest_first,
         a_nul_is_nowhere,

@@ -21,6 +21,21 @@ impl AuditStore for PostgresStore {
         })
         .await
     }
+
+    async fn forget_audit(&self, before_ms: i64, most: u32) -> Result<u64, Fault> {
+        retry(|| async {
+            // By the order in which they were written: there is no index by time.
+            let done = sqlx::query(
+                "DELETE FROM audit WHERE serial IN (SELECT serial FROM audit ORDER BY serial LIMIT $1) AND at_ms < $2",
+            )
+            .bind(i64::from(most))
+            .bind(before_ms)
+            .execute(&self.pools.general)
+            .await?;
+            Ok(done.rows_affected())
+        })
+        .await
+    }
 }
 
 fn select(query: &AuditQuery) -> QueryBuilder<Postgres> {

@@ -28,6 +28,25 @@ impl LedgerStore for PostgresStore {
         }
         retry(|| self.try_usage(query)).await
     }
+
+    async fn oldest_usage(&self) -> Result<Option<i64>, Fault> {
+        retry(|| async {
+            Ok(sqlx::query_scalar(
+                "WITH tenants AS (SELECT ''::text AS id UNION ALL SELECT id FROM organizations)
+                 SELECT min(minute) FROM (
+                     SELECT (SELECT min(minute) FROM usage_minutes WHERE organization_id = id) AS minute FROM tenants
+                     UNION ALL
+                     SELECT (SELECT min(minute) FROM refusal_minutes WHERE organization_id = id) FROM tenants) AS oldest",
+            )
+            .fetch_one(&self.pools.general)
+            .await?)
+        })
+        .await
+    }
+
+    async fn fold_usage(&self, hour: i64, after: Option<&str>) -> Result<Option<String>, Fault> {
+        retry(|| self.try_fold_usage(hour, after)).await
+    }
 }
 
 impl PostgresStore {
@@ -129,6 +148,49 @@ impl PostgresStore {
         .execute(&mut *tx)
         .await?;
         commit(tx).await
+    }
+
+    async fn try_fold_usage(&self, hour: i64, after: Option<&str>) -> Attempt<Option<String>> {
+        let found: Option<String> = sqlx::query_scalar(
+            r#"SELECT id FROM (SELECT '' COLLATE "C" AS id UNION ALL SELECT id FROM organizations) AS tenants
+               WHERE ($1::text IS NULL OR id > $1)
+                   AND (EXISTS (SELECT 1 FROM usage_minutes
+                                WHERE organization_id = id AND minute > $2 AND minute < $2 + 60)
+                        OR EXISTS (SELECT 1 FROM refusal_minutes
+                                   WHERE organization_id = id AND minute > $2 AND minute < $2 + 60))
+               ORDER BY id LIMIT 1"#,
+        )
+        .bind(after)
+        .bind(hour)
+        .fetch_optional(&self.pools.general)
+        .await?;
+        let Some(organization) = found else { return Ok(None) };
+        let mut tx = self.begin().await?;
+        // Two processes that fold the same hour: whoever comes second finds nothing left.
+        for statement in [
+            "WITH old AS (DELETE FROM usage_minutes WHERE organization_id = $1 AND minute > $2 AND minute < $2 + 60
+                          RETURNING key_id, tier, environment, permits)
+             INSERT INTO usage_minutes (organization_id, minute, key_id, tier, environment, permits)
+             SELECT $1, $2, key_id, tier, environment, sum(permits)::bigint FROM old
+             GROUP BY 3, 4, 5 ORDER BY 3, 4, 5
+             ON CONFLICT (organization_id, minute, key_id, tier, environment)
+                 DO UPDATE SET permits = usage_minutes.permits + excluded.permits",
+            "WITH old AS (DELETE FROM refusal_minutes WHERE organization_id = $1 AND minute > $2 AND minute < $2 + 60
+                          RETURNING key_id, tier, environment, code, refusals)
+             INSERT INTO refusal_minutes (organization_id, minute, key_id, tier, environment, code, refusals)
+             SELECT $1, $2, key_id, tier, environment, code, sum(refusals)::bigint FROM old
+             GROUP BY 3, 4, 5, 6 ORDER BY 3, 4, 5, 6
+             ON CONFLICT (organization_id, minute, key_id, tier, environment, code)
+                 DO UPDATE SET refusals = refusal_minutes.refusals + excluded.refusals",
+        ] {
+            sqlx::query(statement)
+                .bind(&organization)
+                .bind(hour)
+                .execute(&mut *tx)
+                .await?;
+        }
+        commit(tx).await?;
+        Ok(Some(organization))
     }
 
     async fn try_usage(&self, query: &UsageQuery) -> Attempt<UsageRows> {

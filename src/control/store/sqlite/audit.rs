@@ -36,6 +36,19 @@ impl AuditStore for SqliteStore {
         let rows: Vec<Row> = sql.build_query_as().fetch_all(&self.readers).await.map_err(fault)?;
         Ok(rows.into_iter().map(Row::into_line).collect())
     }
+
+    async fn forget_audit(&self, before_ms: i64, most: u32) -> Result<u64, Fault> {
+        // By the order in which they were written: there is no index by time.
+        sqlx::query(
+            "DELETE FROM audit WHERE serial IN (SELECT serial FROM audit ORDER BY serial LIMIT ?) AND at_ms < ?",
+        )
+        .bind(most)
+        .bind(before_ms)
+        .execute(&self.writer)
+        .await
+        .map(|done| done.rows_affected())
+        .map_err(fault)
+    }
 }
 
 #[derive(sqlx::FromRow)]

@@ -62,6 +62,58 @@ impl LedgerStore for SqliteStore {
             refusals: refusals.into_iter().map(Row::into_parts).collect(),
         })
     }
+
+    async fn oldest_usage(&self) -> Result<Option<i64>, Fault> {
+        sqlx::query_scalar(
+            "WITH tenants AS (SELECT '' AS id UNION ALL SELECT id FROM organizations)
+             SELECT min(minute) FROM (
+                 SELECT (SELECT min(minute) FROM usage_minutes WHERE organization_id = id) AS minute FROM tenants
+                 UNION ALL
+                 SELECT (SELECT min(minute) FROM refusal_minutes WHERE organization_id = id) FROM tenants)",
+        )
+        .fetch_one(&self.readers)
+        .await
+        .map_err(fault)
+    }
+
+    async fn fold_usage(&self, hour: i64, after: Option<&str>) -> Result<Option<String>, Fault> {
+        let found: Option<String> = sqlx::query_scalar(
+            "SELECT id FROM (SELECT '' AS id UNION ALL SELECT id FROM organizations) WHERE (?1 IS NULL OR id > ?1)
+                 AND (EXISTS (SELECT 1 FROM usage_minutes
+                              WHERE organization_id = id AND minute > ?2 AND minute < ?2 + 60)
+                      OR EXISTS (SELECT 1 FROM refusal_minutes
+                                 WHERE organization_id = id AND minute > ?2 AND minute < ?2 + 60))
+             ORDER BY id LIMIT 1",
+        )
+        .bind(after)
+        .bind(hour)
+        .fetch_optional(&self.readers)
+        .await
+        .map_err(fault)?;
+        let Some(organization) = found else { return Ok(None) };
+        let mut tx = self.begin().await?;
+        for statement in [
+            "INSERT INTO usage_minutes (organization_id, minute, key_id, tier, environment, permits)
+             SELECT organization_id, ?2, key_id, tier, environment, sum(permits) FROM usage_minutes
+             WHERE organization_id = ?1 AND minute > ?2 AND minute < ?2 + 60 GROUP BY 1, 2, 3, 4, 5
+             ON CONFLICT DO UPDATE SET permits = permits + excluded.permits",
+            "DELETE FROM usage_minutes WHERE organization_id = ?1 AND minute > ?2 AND minute < ?2 + 60",
+            "INSERT INTO refusal_minutes (organization_id, minute, key_id, tier, environment, code, refusals)
+             SELECT organization_id, ?2, key_id, tier, environment, code, sum(refusals) FROM refusal_minutes
+             WHERE organization_id = ?1 AND minute > ?2 AND minute < ?2 + 60 GROUP BY 1, 2, 3, 4, 5, 6
+             ON CONFLICT DO UPDATE SET refusals = refusals + excluded.refusals",
+            "DELETE FROM refusal_minutes WHERE organization_id = ?1 AND minute > ?2 AND minute < ?2 + 60",
+        ] {
+            sqlx::query(statement)
+                .bind(&organization)
+                .bind(hour)
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+        }
+        tx.commit().await.map_err(fault)?;
+        Ok(Some(organization))
+    }
 }
 
 /// Marks a batch as applied; answers whether it was not before.
