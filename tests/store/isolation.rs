@@ -109,7 +109,9 @@ async fn real_deadlock(store: Arc<dyn Store>, other: &mut PgConnection) {
     other.execute("SELECT 1 FROM feed_state FOR UPDATE").await.unwrap();
     other.execute("COMMIT").await.unwrap();
     assert_eq!(change.await.unwrap(), Ok(4));
-    assert_eq!(attempts(other).await, 2);
+    // The second may be quicker than the other client to take what the first let go of, and they meet again.
+    let attempts = attempts(other).await;
+    assert!((2..=8).contains(&attempts), "{attempts}");
 }
 
 #[tokio::test]
