@@ -21,6 +21,7 @@ use crate::wire::UsageBatch;
 pub mod copy;
 mod line;
 pub mod postgres;
+mod rows;
 pub mod sqlite;
 mod stretch;
 

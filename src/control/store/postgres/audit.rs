@@ -6,6 +6,7 @@ use sqlx::{Postgres, QueryBuilder};
 use super::retry::retry;
 use super::{PostgresStore, is_nowhere};
 use crate::control::model::{AuditLine, Fault};
+use crate::control::store::rows::AuditRow;
 use crate::control::store::{AuditQuery, AuditStore};
 
 #[async_trait]
@@ -16,8 +17,8 @@ impl AuditStore for PostgresStore {
             return Ok(Vec::new());
         }
         retry(|| async {
-            let rows: Vec<Row> = select(query).build_query_as().fetch_all(&self.pools.general).await?;
-            Ok(rows.into_iter().map(Row::into_line).collect())
+            let rows: Vec<AuditRow> = select(query).build_query_as().fetch_all(&self.pools.general).await?;
+            Ok(rows.into_iter().map(AuditRow::into_line).collect())
         })
         .await
     }
@@ -65,42 +66,4 @@ fn select(query: &AuditQuery) -> QueryBuilder<Postgres> {
     sql.push(" ORDER BY serial DESC LIMIT ")
         .push_bind(i64::from(query.limit));
     sql
-}
-
-#[derive(sqlx::FromRow)]
-struct Row {
-    serial: i64,
-    at_ms: i64,
-    organization_id: Option<String>,
-    actor_kind: String,
-    actor_id: String,
-    actor_name: String,
-    action: String,
-    target_kind: String,
-    target_id: String,
-    detail: String,
-    address: String,
-    user_agent: String,
-    request_id: String,
-}
-
-impl Row {
-    fn into_line(self) -> AuditLine {
-        AuditLine {
-            serial: self.serial,
-            at_ms: self.at_ms,
-            organization_id: self.organization_id,
-            actor_kind: self.actor_kind,
-            actor_id: self.actor_id,
-            actor_name: self.actor_name,
-            action: self.action,
-            target_kind: self.target_kind,
-            target_id: self.target_id,
-            // The column's type guarantees JSON.
-            detail: serde_json::from_str(&self.detail).unwrap_or_default(),
-            address: self.address,
-            user_agent: self.user_agent,
-            request_id: self.request_id,
-        }
-    }
 }

@@ -6,8 +6,9 @@ use sqlx::{PgConnection, Postgres, QueryBuilder};
 use super::retry::{Attempt, retry};
 use super::{PostgresStore, commit, is_nowhere};
 use crate::control::model::Fault;
+use crate::control::store::rows::LedgerRow;
 use crate::control::store::stretch::{Stretch, after};
-use crate::control::store::{LedgerStore, UsageQuery, UsageRow, UsageRows};
+use crate::control::store::{LedgerStore, UsageQuery, UsageRows};
 use crate::wire::{LastUsed, UsageBatch};
 
 #[async_trait]
@@ -195,17 +196,17 @@ impl PostgresStore {
 
     async fn try_usage(&self, query: &UsageQuery) -> Attempt<UsageRows> {
         let mut tx = self.begin_reading().await?;
-        let permits: Vec<Row> = select(query, "usage_minutes", "permits", "''::text")
+        let permits: Vec<LedgerRow> = select(query, "usage_minutes", "permits", "''::text")
             .build_query_as()
             .fetch_all(&mut *tx)
             .await?;
-        let refusals: Vec<Row> = select(query, "refusal_minutes", "refusals", "code")
+        let refusals: Vec<LedgerRow> = select(query, "refusal_minutes", "refusals", "code")
             .build_query_as()
             .fetch_all(&mut *tx)
             .await?;
         Ok(UsageRows {
             permits: permits.into_iter().map(|row| row.into_parts().0).collect(),
-            refusals: refusals.into_iter().map(Row::into_parts).collect(),
+            refusals: refusals.into_iter().map(LedgerRow::into_parts).collect(),
         })
     }
 }
@@ -262,29 +263,6 @@ async fn mark_applied(tx: &mut PgConnection, batch: &UsageBatch, now_ms: i64) ->
             .await?;
     }
     Ok(true)
-}
-
-#[derive(sqlx::FromRow)]
-struct Row {
-    bucket: i64,
-    key: String,
-    tier: String,
-    environment: String,
-    code: String,
-    total: i64,
-}
-
-impl Row {
-    fn into_parts(self) -> (UsageRow, String) {
-        let row = UsageRow {
-            minute: self.bucket,
-            key: self.key,
-            tier: self.tier,
-            environment: self.environment,
-            count: self.total as u64,
-        };
-        (row, self.code)
-    }
 }
 
 fn select(query: &UsageQuery, table: &str, column: &str, code: &str) -> QueryBuilder<Postgres> {

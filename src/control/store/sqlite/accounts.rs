@@ -7,6 +7,7 @@ use super::keys::{find_key, insert_key, like, write_line};
 use super::{SqliteStore, fault, is_taken, next_revision, write_audit};
 use crate::control::model::{AuditNote, Fault, Invitation, Organization, User};
 use crate::control::secret::Digest;
+use crate::control::store::rows::{InvitationRow, OrganizationRow};
 use crate::control::store::{AccountStore, NewAccount, OrganizationQuery, Stamp};
 
 #[async_trait]
@@ -183,48 +184,6 @@ impl AccountStore for SqliteStore {
             .await
             .map(drop)
             .map_err(fault)
-    }
-}
-
-#[derive(sqlx::FromRow)]
-struct OrganizationRow {
-    id: String,
-    name: String,
-    plan: String,
-    created_at_ms: i64,
-}
-
-impl OrganizationRow {
-    fn into_organization(self) -> Organization {
-        Organization {
-            id: self.id,
-            name: self.name,
-            plan: self.plan,
-            created_at_ms: self.created_at_ms,
-        }
-    }
-}
-
-#[derive(sqlx::FromRow)]
-struct InvitationRow {
-    id: String,
-    note: String,
-    created_at_ms: i64,
-    expires_at_ms: i64,
-    used_at_ms: Option<i64>,
-    used_by: Option<String>,
-}
-
-impl InvitationRow {
-    fn into_invitation(self) -> Invitation {
-        Invitation {
-            id: self.id,
-            note: self.note,
-            created_at_ms: self.created_at_ms,
-            expires_at_ms: self.expires_at_ms,
-            used_at_ms: self.used_at_ms,
-            used_by: self.used_by,
-        }
     }
 }
 

@@ -5,6 +5,7 @@ use sqlx::{QueryBuilder, Sqlite};
 
 use super::{SqliteStore, fault};
 use crate::control::model::{AuditLine, Fault};
+use crate::control::store::rows::AuditRow;
 use crate::control::store::{AuditQuery, AuditStore};
 
 #[async_trait]
@@ -33,8 +34,8 @@ impl AuditStore for SqliteStore {
             sql.push(" AND serial < ").push_bind(before);
         }
         sql.push(" ORDER BY serial DESC LIMIT ").push_bind(query.limit);
-        let rows: Vec<Row> = sql.build_query_as().fetch_all(&self.readers).await.map_err(fault)?;
-        Ok(rows.into_iter().map(Row::into_line).collect())
+        let rows: Vec<AuditRow> = sql.build_query_as().fetch_all(&self.readers).await.map_err(fault)?;
+        Ok(rows.into_iter().map(AuditRow::into_line).collect())
     }
 
     async fn forget_audit(&self, before_ms: i64, most: u32) -> Result<u64, Fault> {
@@ -48,43 +49,5 @@ impl AuditStore for SqliteStore {
         .await
         .map(|done| done.rows_affected())
         .map_err(fault)
-    }
-}
-
-#[derive(sqlx::FromRow)]
-struct Row {
-    serial: i64,
-    at_ms: i64,
-    organization_id: Option<String>,
-    actor_kind: String,
-    actor_id: String,
-    actor_name: String,
-    action: String,
-    target_kind: String,
-    target_id: String,
-    detail: String,
-    address: String,
-    user_agent: String,
-    request_id: String,
-}
-
-impl Row {
-    fn into_line(self) -> AuditLine {
-        AuditLine {
-            serial: self.serial,
-            at_ms: self.at_ms,
-            organization_id: self.organization_id,
-            actor_kind: self.actor_kind,
-            actor_id: self.actor_id,
-            actor_name: self.actor_name,
-            action: self.action,
-            target_kind: self.target_kind,
-            target_id: self.target_id,
-            // The column's check guarantees JSON.
-            detail: serde_json::from_str(&self.detail).unwrap_or_default(),
-            address: self.address,
-            user_agent: self.user_agent,
-            request_id: self.request_id,
-        }
     }
 }

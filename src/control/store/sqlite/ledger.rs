@@ -5,8 +5,9 @@ use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 
 use super::{SqliteStore, fault};
 use crate::control::model::Fault;
+use crate::control::store::rows::LedgerRow;
 use crate::control::store::stretch::{Stretch, after};
-use crate::control::store::{LedgerStore, UsageQuery, UsageRow, UsageRows};
+use crate::control::store::{LedgerStore, UsageQuery, UsageRows};
 use crate::wire::UsageBatch;
 
 #[async_trait]
@@ -47,19 +48,19 @@ impl LedgerStore for SqliteStore {
 
     async fn usage(&self, query: &UsageQuery) -> Result<UsageRows, Fault> {
         let mut tx = self.begin_reading().await?;
-        let permits: Vec<Row> = select(query, "usage_minutes", "permits", "''")
+        let permits: Vec<LedgerRow> = select(query, "usage_minutes", "permits", "''")
             .build_query_as()
             .fetch_all(&mut *tx)
             .await
             .map_err(fault)?;
-        let refusals: Vec<Row> = select(query, "refusal_minutes", "refusals", "code")
+        let refusals: Vec<LedgerRow> = select(query, "refusal_minutes", "refusals", "code")
             .build_query_as()
             .fetch_all(&mut *tx)
             .await
             .map_err(fault)?;
         Ok(UsageRows {
             permits: permits.into_iter().map(|row| row.into_parts().0).collect(),
-            refusals: refusals.into_iter().map(Row::into_parts).collect(),
+            refusals: refusals.into_iter().map(LedgerRow::into_parts).collect(),
         })
     }
 
@@ -197,29 +198,6 @@ async fn apply_last_used(tx: &mut SqliteConnection, last_used: &str) -> Result<(
     .await
     .map(drop)
     .map_err(fault)
-}
-
-#[derive(sqlx::FromRow)]
-struct Row {
-    bucket: i64,
-    key: String,
-    tier: String,
-    environment: String,
-    code: String,
-    total: i64,
-}
-
-impl Row {
-    fn into_parts(self) -> (UsageRow, String) {
-        let row = UsageRow {
-            minute: self.bucket,
-            key: self.key,
-            tier: self.tier,
-            environment: self.environment,
-            count: self.total as u64,
-        };
-        (row, self.code)
-    }
 }
 
 fn select(query: &UsageQuery, table: &str, column: &str, code: &str) -> QueryBuilder<Sqlite> {

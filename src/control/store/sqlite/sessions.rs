@@ -6,6 +6,7 @@ use sqlx::SqliteConnection;
 use super::{SqliteStore, fault, write_audit};
 use crate::control::model::{AccessToken, AuditNote, Fault, Session, User};
 use crate::control::secret::Digest;
+use crate::control::store::rows::{CredentialsRow, SessionRow, TokenRow};
 use crate::control::store::{Credentials, EndSessions, MOST_SESSIONS, NewSession, SessionStore, Stamp};
 
 #[async_trait]
@@ -227,80 +228,6 @@ impl SessionStore for SqliteStore {
         write_audit(&mut tx, &token_note("token.delete", organization_id, id, &name), stamp).await?;
         tx.commit().await.map_err(fault)?;
         Ok(true)
-    }
-}
-
-#[derive(sqlx::FromRow)]
-struct CredentialsRow {
-    id: String,
-    organization_id: String,
-    email: String,
-    password_hash: String,
-    created_at_ms: i64,
-}
-
-impl CredentialsRow {
-    fn into_credentials(self) -> Credentials {
-        let user = User {
-            id: self.id,
-            organization_id: self.organization_id,
-            email: self.email,
-            created_at_ms: self.created_at_ms,
-        };
-        Credentials {
-            user,
-            password_hash: self.password_hash,
-        }
-    }
-}
-
-#[derive(sqlx::FromRow)]
-struct SessionRow {
-    id: String,
-    user_id: String,
-    created_at_ms: i64,
-    last_used_at_ms: i64,
-    expires_at_ms: i64,
-    address: String,
-    user_agent: String,
-}
-
-impl SessionRow {
-    fn into_session(self) -> Session {
-        Session {
-            id: self.id,
-            user_id: self.user_id,
-            created_at_ms: self.created_at_ms,
-            last_used_at_ms: self.last_used_at_ms,
-            expires_at_ms: self.expires_at_ms,
-            address: self.address,
-            user_agent: self.user_agent,
-        }
-    }
-}
-
-#[derive(sqlx::FromRow)]
-struct TokenRow {
-    id: String,
-    organization_id: String,
-    name: String,
-    last_four: String,
-    created_at_ms: i64,
-    expires_at_ms: Option<i64>,
-    last_used_at_ms: Option<i64>,
-}
-
-impl TokenRow {
-    fn into_token(self) -> AccessToken {
-        AccessToken {
-            id: self.id,
-            organization_id: self.organization_id,
-            name: self.name,
-            last_four: self.last_four,
-            created_at_ms: self.created_at_ms,
-            expires_at_ms: self.expires_at_ms,
-            last_used_at_ms: self.last_used_at_ms,
-        }
     }
 }
 
