@@ -46,7 +46,7 @@ pub async fn a_batch_counts_once_whoever_takes_it(place: Place) {
     assert_eq!(place.store.apply_usage(&batch(31, &[]), 1).await, Ok(true));
 }
 
-/// Batches 11 to 25 are lost to the ledger: it was restored from a backup, or the gate merged them before they were sent.
+/// Batches 4 to 6 are lost to the ledger: it was restored from a backup, or the gate merged them before they were sent.
 /// What comes later counts once, and is no more to remember than the gap.
 pub async fn a_gap_that_never_closes_costs_one_row(place: Place) {
     register(&*place.store, "acme").await;
@@ -55,26 +55,26 @@ pub async fn a_gap_that_never_closes_costs_one_row(place: Place) {
         let batch = batch(sequence, &[("key_k001", "default", 5, 1)]);
         place.store.apply_usage(&batch, 1).await.unwrap()
     };
-    for sequence in (1..=10).chain(26..=60) {
+    for sequence in (1..=3).chain(7..=12) {
         assert!(apply(sequence).await, "{sequence}");
     }
     assert_eq!(place.rows("usage_ahead").await, 1);
-    for sequence in [1, 10, 26, 40, 60] {
+    for sequence in [1, 3, 7, 9, 12] {
         assert!(!apply(sequence).await, "{sequence}");
     }
     // Another gap, which closes from both ends.
-    for sequence in [63, 61, 62] {
+    for sequence in [15, 13, 14] {
         assert!(apply(sequence).await, "{sequence}");
     }
     assert_eq!(place.rows("usage_ahead").await, 1);
     // What was merely late closes the first one.
-    for sequence in (11..=25).rev() {
+    for sequence in (4..=6).rev() {
         assert!(apply(sequence).await, "{sequence}");
     }
     assert_eq!(place.rows("usage_ahead").await, 0);
-    assert!(!apply(30).await && apply(64).await);
+    assert!(!apply(9).await && apply(16).await);
     let total = place.store.usage(&usage_query()).await.unwrap().permits;
-    assert_eq!(total.iter().map(|row| row.count).collect::<Vec<_>>(), [64]);
+    assert_eq!(total.iter().map(|row| row.count).collect::<Vec<_>>(), [16]);
 }
 
 pub async fn usage_is_summed_by_what_was_asked(place: Place) {
@@ -196,7 +196,7 @@ pub async fn an_hour_is_folded_once_whoever_does_it(place: Place) {
         organizations
     };
     let batches = async {
-        for sequence in 2..=20 {
+        for sequence in 2..=8 {
             assert!(apply(sequence).await);
         }
     };
@@ -215,7 +215,7 @@ pub async fn an_hour_is_folded_once_whoever_does_it(place: Place) {
         rows.iter().map(|row| (row.minute, row.count)).collect::<Vec<_>>()
     };
     for organization in ["", "org_acme", "org_bolt"] {
-        assert_eq!(rows(organization).await, [(120, 400)], "{organization:?}");
+        assert_eq!(rows(organization).await, [(120, 160)], "{organization:?}");
     }
 }
 
