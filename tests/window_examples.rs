@@ -99,37 +99,45 @@ fn a_changed_limit_applies_at_once_to_what_is_counted() {
 
 #[test]
 fn a_window_too_small_for_its_limit_says_so_and_moves_without_loss() {
-    for (fits, outgrown, bytes) in [
-        (63, 64, 144),
-        (1_023, 1_024, 208),
-        (32_767, 32_768, 288),
-        (Limit::MAX_PERMITS, 0, 528),
+    for (window_ms, fits, outgrown, bytes) in [
+        (60_000, 63, 64, 144),
+        (60_000, 1_023, 1_024, 208),
+        (60_000, 32_767, 32_768, 288),
+        (60_000, Limit::MAX_PERMITS, 0, 528),
+        (3_600_000, 255, 256, 144),
+        (3_600_000, 8_191, 8_192, 208),
+        (86_400_000, 524_287, 524_288, 288),
+        (86_400_000, Limit::MAX_PERMITS, 0, 528),
     ] {
-        let small = limit(fits, 60_000);
+        let (step, seconds) = (window_ms / 60 * 1_000_000, (window_ms / 60_000) as u32);
+        let small = limit(fits, window_ms);
         let window = Window::new(small, T0);
         assert_eq!(window.bytes(), bytes);
         assert_eq!(window.take(small, fits, T0).unwrap().remaining, 0);
         assert!(
-            window.take(small, 1, T0 + 59 * S).is_err(),
+            window.take(small, 1, T0 + 59 * step).is_err(),
             "full to the brim of its bits"
         );
         if outgrown == 0 {
             continue;
         }
-        let large = limit(outgrown, 60_000);
-        assert_eq!(window.take(large, 1, T0 + 30 * S), Err(Refused::Outgrown));
+        let large = limit(outgrown, window_ms);
+        assert_eq!(window.take(large, 1, T0 + 30 * step), Err(Refused::Outgrown));
         let counts = window.close_and_export();
-        assert_eq!(window.take(small, 1, T0 + 500 * S), Err(Refused::Retired));
+        assert_eq!(window.take(small, 1, T0 + 500 * step), Err(Refused::Retired));
         assert_eq!(window.close_and_export(), counts, "every helper sees the same");
-        let moved = Window::import(large, &counts, T0 + 30 * S);
+        let moved = Window::import(large, &counts, T0 + 30 * step);
         assert_eq!(
-            moved.take(large, 1, T0 + 30 * S),
+            moved.take(large, 1, T0 + 30 * step),
             Ok(Taken {
                 remaining: 0,
-                reset_s: 31
+                reset_s: 31 * seconds
             })
         );
-        assert_eq!(retry_after(moved.take(large, 1, T0 + 30 * S).unwrap_err()), 31);
+        assert_eq!(
+            retry_after(moved.take(large, 1, T0 + 30 * step).unwrap_err()),
+            31 * seconds
+        );
     }
 }
 

@@ -297,8 +297,9 @@ proptest! {
     #[test]
     fn small_histories_answer_as_the_sequential_program(
         (most, steps) in prop_oneof![
-            Just(1_u32), Just(2), Just(3), Just(10), Just(63), Just(64), Just(1_023), Just(1_024), Just(32_767),
-            Just(32_768), Just(Limit::MAX_PERMITS)
+            Just(1_u32), Just(2), Just(3), Just(10), Just(63), Just(64), Just(255), Just(256), Just(1_023),
+            Just(1_024), Just(8_191), Just(8_192), Just(32_767), Just(32_768), Just(524_287), Just(524_288),
+            Just(Limit::MAX_PERMITS)
         ].prop_flat_map(|most| (Just(most), steps(most))),
         window_ms in prop_oneof![Just(1_000_u64), Just(1_001), Just(60_000), Just(3_600_000), Just(2_592_000_000)],
     ) {

@@ -43,18 +43,31 @@ impl SecretDigest {
     #[inline]
     pub fn of(presented: &[u8]) -> Self {
         const MOST: usize = 55;
-        let mut block = [0; 64];
-        let Some(message) = block[..MOST].get_mut(..presented.len()) else {
+        let mut blocks = [[0; 64]];
+        let [block] = &mut blocks;
+        if presented.len() > MOST {
             return SecretDigest(Sha256::digest(presented).into());
-        };
-        message.copy_from_slice(presented);
-        block[presented.len()] = 0x80;
+        }
+        match (presented.split_first_chunk::<32>(), presented.last_chunk::<16>()) {
+            // Our own keys. Words that are written whole can be read at once; bytes would have to reach the cache first.
+            (Some((first, rest)), Some(last)) if (1..16).contains(&rest.len()) => {
+                let rest_bits = rest.len() as u32 * 8;
+                let word = u128::from_le_bytes(*last) >> (128 - rest_bits) | 0x80 << rest_bits;
+                block[..32].copy_from_slice(first);
+                block[32..48].copy_from_slice(&word.to_le_bytes());
+            }
+            _ => {
+                block[..presented.len()].copy_from_slice(presented);
+                block[presented.len()] = 0x80;
+            }
+        }
         let bits = presented.len() as u64 * 8;
         block[56..].copy_from_slice(&bits.to_be_bytes());
         let mut state = INITIAL;
-        compress256(&mut state, &[block]);
+        compress256(&mut state, &blocks);
         let mut digest = [0; 32];
-        for (bytes, word) in digest.chunks_exact_mut(4).zip(state) {
+        for (bytes, pair) in digest.chunks_exact_mut(8).zip(state.chunks_exact(2)) {
+            let word = u64::from(pair[0]) << 32 | u64::from(pair[1]);
             bytes.copy_from_slice(&word.to_be_bytes());
         }
         SecretDigest(digest)
@@ -165,32 +178,47 @@ fn foreign_form(presented: &[u8]) -> bool {
     (FOREIGN_MIN_LEN..=FOREIGN_MAX_LEN).contains(&presented.len()) && are_all(presented, u8::is_ascii_graphic)
 }
 
-/// The id of a key (`key_…`): not a secret. Up to 23 bytes are held inline, so that cloning does not allocate.
+/// The id of a key (`key_…`): not a secret.
 #[derive(Clone)]
 pub enum KeyId {
-    /// The length, then the id, in the words in which it is copied.
     #[doc(hidden)]
-    Inline([[u8; 8]; 3]),
+    Short(ShortId),
     #[doc(hidden)]
-    Shared(std::sync::Arc<str>),
+    Long(std::sync::Arc<str>),
+}
+
+/// An id of up to 23 bytes: its length, then the id, in the words in which it is copied.
+#[derive(Clone, Copy)]
+pub struct ShortId(pub(super) [[u8; 8]; 3]);
+
+impl ShortId {
+    /// The empty id, which is no key's.
+    pub(super) const NONE: ShortId = ShortId([[0; 8]; 3]);
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        let (len, id) = self.0.as_flattened().split_first().unwrap_or((&0, &[]));
+        let id = id.get(..usize::from(*len)).unwrap_or_default();
+        // It was copied from a `str` whole, so it is UTF-8.
+        std::str::from_utf8(id).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for ShortId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 impl KeyId {
-    /// The longest id that is held inline, in bytes.
-    pub const INLINE: usize = 23;
-    /// The empty id, which is no key's.
-    pub(super) const NONE: KeyId = KeyId::Inline([[0; 8]; 3]);
+    /// The longest id that is held in words, in bytes.
+    pub const SHORT: usize = 23;
 
     /// The id as text.
     pub fn as_str(&self) -> &str {
         match self {
-            KeyId::Inline(words) => {
-                let (len, id) = words.as_flattened().split_first().unwrap_or((&0, &[]));
-                let id = id.get(..usize::from(*len)).unwrap_or_default();
-                // It was copied from a `str` whole, so it is UTF-8.
-                std::str::from_utf8(id).unwrap_or_default()
-            }
-            KeyId::Shared(id) => id,
+            KeyId::Short(id) => id.as_str(),
+            KeyId::Long(id) => id,
         }
     }
 }
@@ -199,15 +227,15 @@ impl From<&str> for KeyId {
     fn from(id: &str) -> Self {
         let mut words = [[0; 8]; 3];
         let [len, inline @ ..] = words.as_flattened_mut() else {
-            return KeyId::Shared(id.into());
+            return KeyId::Long(id.into());
         };
         match inline.get_mut(..id.len()) {
             Some(inline) => {
                 inline.copy_from_slice(id.as_bytes());
                 *len = id.len() as u8;
-                KeyId::Inline(words)
+                KeyId::Short(ShortId(words))
             }
-            None => KeyId::Shared(id.into()),
+            None => KeyId::Long(id.into()),
         }
     }
 }

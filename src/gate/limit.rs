@@ -120,7 +120,7 @@ pub(super) struct Grid<const K: u64> {
 impl<const K: u64> Grid<K> {
     #[inline]
     pub(super) const fn new(window_ms: u32) -> Self {
-        const { assert!(K > 0 && TICKS_PER_MS.is_multiple_of(K)) };
+        const { assert!(K > 0 && K <= MOST_K && TICKS_PER_MS.is_multiple_of(K)) };
         Grid {
             sub_bucket: window_ms as u64 * (TICKS_PER_MS / K),
         }
@@ -184,19 +184,57 @@ pub(super) const fn count_of(word: u64) -> u32 {
     word as u32 & MAX_COUNT
 }
 
-/// `LANES` consecutive epochs, a *group*, share a word of the ring: `[group:33 | counts of 31 / LANES bits]`.
-pub(super) struct Lanes<const LANES: u64>;
+/// `LANES` consecutive epochs, a *group*, share a word of the ring: `[group | counts of so many bits each]`.
+///
+/// In a long window fewer groups can ever be, so that their numbers leave more bits for the counts.
+#[derive(Clone, Copy)]
+pub(super) struct Lanes<const LANES: u64> {
+    bits: u32,
+}
+
+/// Windows of an hour and longer are long.
+const LONG_MS: u32 = 3_600_000;
+/// The most sub-buckets that a window can have.
+const MOST_K: u64 = 60;
 
 impl<const LANES: u64> Lanes<LANES> {
-    const BITS: u32 = COUNT_BITS / LANES as u32;
+    const SHORT: u32 = COUNT_BITS / LANES as u32;
+    const LONG: u32 = match LANES {
+        5 => 8,
+        3 => 13,
+        2 => 19,
+        _ => COUNT_BITS,
+    };
+
+    /// As windows of this length have them.
+    #[inline]
+    pub(super) const fn of(window_ms: u32) -> Self {
+        const {
+            let last_group = ticks_at(u64::MAX) / (LONG_MS as u64 * (TICKS_PER_MS / MOST_K)) / LANES;
+            assert!(last_group >> (64 - Self::LONG * LANES as u32) == 0);
+        }
+        Lanes {
+            bits: if window_ms < LONG_MS { Self::SHORT } else { Self::LONG },
+        }
+    }
+
     /// The largest count that a lane holds.
-    pub(super) const CAPACITY: u32 = (1 << Self::BITS) - 1;
+    #[inline]
+    pub(super) const fn capacity(self) -> u32 {
+        (1 << self.bits) - 1
+    }
+
+    /// The number of the group that a word is of.
+    #[inline]
+    pub(super) const fn group_of(self, word: u64) -> u64 {
+        word >> (self.bits * LANES as u32)
+    }
 
     /// The count of `epoch` in `word`, 0 unless the word is that of the epoch's group.
     #[inline]
-    pub(super) const fn count_in(word: u64, epoch: u64) -> u32 {
-        if epoch_of(word) == epoch / LANES {
-            (word >> ((epoch % LANES) as u32 * Self::BITS)) as u32 & Self::CAPACITY
+    pub(super) const fn count_in(self, word: u64, epoch: u64) -> u32 {
+        if self.group_of(word) == epoch / LANES {
+            (word >> ((epoch % LANES) as u32 * self.bits)) as u32 & self.capacity()
         } else {
             0
         }
@@ -205,17 +243,17 @@ impl<const LANES: u64> Lanes<LANES> {
     /// `word` with `count` recorded for `epoch`, or `None` where it holds that already, a larger count or a later
     /// group. A word of an earlier group is begun afresh.
     #[inline]
-    pub(super) const fn record(word: u64, epoch: u64, count: u32) -> Option<u64> {
+    pub(super) const fn record(self, word: u64, epoch: u64, count: u32) -> Option<u64> {
         let group = epoch / LANES;
-        let shift = (epoch % LANES) as u32 * Self::BITS;
-        if epoch_of(word) > group {
+        let shift = (epoch % LANES) as u32 * self.bits;
+        if self.group_of(word) > group {
             None
-        } else if epoch_of(word) < group {
-            Some(pack(group, 0) | (count as u64) << shift)
-        } else if Self::count_in(word, epoch) >= count {
+        } else if self.group_of(word) < group {
+            Some(group << (self.bits * LANES as u32) | (count as u64) << shift)
+        } else if self.count_in(word, epoch) >= count {
             None
         } else {
-            Some(word & !((Self::CAPACITY as u64) << shift) | (count as u64) << shift)
+            Some(word & !((self.capacity() as u64) << shift) | (count as u64) << shift)
         }
     }
 }
@@ -224,14 +262,14 @@ impl<const LANES: u64> Lanes<LANES> {
 /// K / lanes + 1 words hold any K + 1 consecutive epochs.
 pub(super) const LANES: [u64; 4] = [5, 3, 2, 1];
 
-/// The largest count a lane holds where a word has so many of them.
+/// The largest count a lane holds where a word of a window of this length has so many of them.
 #[inline]
-pub(super) const fn capacity(lanes: u64) -> u32 {
+pub(super) const fn capacity(lanes: u64, window_ms: u32) -> u32 {
     match lanes {
-        5 => Lanes::<5>::CAPACITY,
-        3 => Lanes::<3>::CAPACITY,
-        2 => Lanes::<2>::CAPACITY,
-        _ => Lanes::<1>::CAPACITY,
+        5 => Lanes::<5>::of(window_ms).capacity(),
+        3 => Lanes::<3>::of(window_ms).capacity(),
+        2 => Lanes::<2>::of(window_ms).capacity(),
+        _ => Lanes::<1>::of(window_ms).capacity(),
     }
 }
 
@@ -295,34 +333,41 @@ mod tests {
 
     #[test]
     fn lanes_hold_their_counts_apart() {
-        fn check<const N: u64>(capacity: u32) {
-            assert_eq!(Lanes::<N>::CAPACITY, capacity);
-            assert_eq!(super::capacity(N), capacity);
-            let group = 7;
-            let mut word = pack(group - 1, MAX_COUNT);
-            for lane in 0..N {
-                let count = capacity - lane as u32;
-                word = Lanes::<N>::record(word, group * N + lane, count).unwrap();
-            }
-            for lane in 0..N {
-                let epoch = group * N + lane;
-                assert_eq!(Lanes::<N>::count_in(word, epoch), capacity - lane as u32);
-                assert_eq!(Lanes::<N>::count_in(word, epoch + N), 0, "of another group");
-                assert_eq!(
-                    Lanes::<N>::record(word, epoch, capacity - lane as u32 - 1),
-                    None,
-                    "never lowered"
-                );
-                assert_eq!(
-                    Lanes::<N>::record(word, epoch - N, 1),
-                    None,
-                    "never for an earlier group"
-                );
+        fn check<const N: u64>(window_ms: u32, capacity: u32) {
+            let lanes = Lanes::<N>::of(window_ms);
+            assert_eq!(lanes.capacity(), capacity);
+            assert_eq!(super::capacity(N, window_ms), capacity);
+            let last = (ticks_at(u64::MAX) / (u64::from(window_ms) * (TICKS_PER_MS / 60))).min(LAST_EPOCH) / N;
+            for group in [7, last] {
+                let mut word = lanes.record(0, (group - 1) * N, capacity).unwrap();
+                for lane in 0..N {
+                    let count = capacity - lane as u32;
+                    word = lanes.record(word, group * N + lane, count).unwrap();
+                }
+                for lane in 0..N {
+                    let epoch = group * N + lane;
+                    assert_eq!(lanes.count_in(word, epoch), capacity - lane as u32);
+                    assert_eq!(lanes.count_in(word, epoch + N), 0, "of another group");
+                    assert_eq!(
+                        lanes.record(word, epoch, capacity - lane as u32 - 1),
+                        None,
+                        "never lowered"
+                    );
+                    assert_eq!(lanes.record(word, epoch - N, 1), None, "never for an earlier group");
+                }
             }
         }
-        check::<1>(2_147_483_647);
-        check::<2>(32_767);
-        check::<3>(1_023);
-        check::<5>(63);
+        for window_ms in [1_000, LONG_MS - 1] {
+            check::<1>(window_ms, 2_147_483_647);
+            check::<2>(window_ms, 32_767);
+            check::<3>(window_ms, 1_023);
+            check::<5>(window_ms, 63);
+        }
+        for window_ms in [LONG_MS, 2_592_000_000] {
+            check::<1>(window_ms, 2_147_483_647);
+            check::<2>(window_ms, 524_287);
+            check::<3>(window_ms, 8_191);
+            check::<5>(window_ms, 255);
+        }
     }
 }

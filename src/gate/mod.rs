@@ -43,19 +43,19 @@ use crate::clock::Now;
 use arc_swap::{ArcSwap, Guard};
 use credential::NoCredential;
 use http::{HeaderMap, Method};
-use key::{KeyForms, KeyId, SecretDigest};
+use key::{KeyForms, SecretDigest, ShortId};
 use limit::Limit;
 use policy::{NameTables, Plan, Policy};
 use quota::{GivenBack, InFlight, KeyWindows, Outcome};
 use reservation::Reservation;
 use retired::{Retired, Unused};
 use scope::NameId;
-use slots::{Mark, Slot, SlotId, Slots, WindowsCell};
+use slots::{Mark, Slot, SlotId, Slots};
 use snapshot::{Facts, InForce};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use terms::{Known, NO_TERMS, Terms, TermsId};
+use terms::{Brief, Known, NO_TERMS, TermsId};
 use throttle::{AddressWindows, FailedAttempts};
 use usage::{Leftovers, RefusalCounts};
 use verdict::Counted;
@@ -290,7 +290,7 @@ impl Gate {
         Ok(Permit {
             facts: facts.clone(),
             route: route.id,
-            key_id: KeyId::NONE,
+            key_id: ShortId::NONE,
             terms: NO_TERMS,
             secret: SecretDigest::NONE,
             counted,
@@ -325,45 +325,42 @@ impl Gate {
             return refuse(Reason::NotReady);
         };
         let unknown = || refuse(self.failed_attempt(rule, request.client, Reason::UnknownKey, now));
+        let refuse_for = |key: &Key<'_>, reason| self.refuse(rule.refusal_of(reason, key));
         let Some((id, secret)) = snapshot.find(&self.slots, digest) else {
             return unknown();
         };
-        // Asked for before anything is waited for: an exchange, as each load of a pointer makes one, waits for all that was
-        // asked for, and what leads to the windows is likely to be far away, as the slot is.
-        let windows = self.slots.windows(id).load();
+        // Asked for at once with the rest of the slot; an exchange, as each load of a pointer makes one, waits for it.
+        let windows = secret.windows.load();
         let terms_id = secret.terms();
-        let Some(terms) = rule.facts.terms.get(terms_id) else {
-            // They came after what is held here, unless the secret has gone.
-            return if self.is_in_force(in_force) {
-                unknown()
-            } else {
-                self.check_again(request, now)
-            };
-        };
         // A slot in use has an owner; were it not so, the key could not be vouched for. The second look at the digest is for
         // terms of another secret that came into this slot between the first and the terms.
         let key = secret.owner(id).and_then(|owner| Some((owner, self.slots.get(owner)?)));
         let (Some((owner, slot)), true) = (key, secret.holds(digest)) else {
             return unknown();
         };
-        let windows = if owner == id {
-            windows
-        } else {
-            self.slots.windows(owner).load()
-        };
+        let brief = rule.facts.terms.brief(terms_id);
+        let windows = if owner == id { windows } else { slot.windows.load() };
         let key = Key {
             owner,
             slot,
-            terms,
             terms_id,
+            brief,
             secret,
             digest,
             in_authorization,
         };
-        self.check_key(rule, &key, windows, now)
+        if now.unix_ms < brief.valid_until_ms {
+            return self.check_key(rule, &key, windows, now);
+        }
+        match rule.facts.terms.get(terms_id) {
+            Some(terms) => refuse_for(&key, terms.state(now).unwrap_or(Reason::RevokedKey)),
+            // They came after what is held here, unless the secret has gone.
+            None if self.is_in_force(in_force) => unknown(),
+            None => self.check_again(request, now),
+        }
     }
 
-    /// The steps that need the key: its state, its environment and scopes, its limits.
+    /// The steps that need the key, of which nothing is wrong in itself: its environment and scopes, its limits.
     #[inline(always)]
     fn check_key(
         &self,
@@ -372,21 +369,19 @@ impl Gate {
         windows: Guard<Option<Arc<KeyWindows>>>,
         now: Now,
     ) -> Result<Permit, Refusal> {
-        let terms = key.terms;
+        let brief = key.brief;
         let refuse = |reason| self.refuse(rule.refusal_of(reason, key));
-        if let Some(reason) = terms.state(now) {
-            return refuse(reason);
-        }
         if rule
             .environments
-            .is_some_and(|allowed| !allowed.contains(terms.environment_id))
+            .is_some_and(|allowed| !allowed.contains(brief.environment_id))
         {
             return refuse(Reason::EnvironmentNotAllowed);
         }
-        if rule.scope.is_some_and(|scope| !terms.scopes.contains(scope.id)) {
+        let has_scope = |scope: &RequiredScope| rule.facts.terms.has_scope(key.terms_id, brief, scope.id);
+        if !rule.scope.is_none_or(has_scope) {
             return refuse(Reason::InsufficientScope);
         }
-        let plan = rule.policy.plan(terms.plan);
+        let plan = rule.policy.plan(brief.plan);
         let Some(limit) = plan.limit(rule.tier.id) else {
             // Every tier of a compiled policy has a limit in every plan of it.
             return refuse(Reason::NotReady);
@@ -431,7 +426,7 @@ impl Gate {
             let windows = match &*loaded {
                 Some(windows) => windows,
                 None => {
-                    made = self.windows_of(key.owner, tier, limit, now);
+                    made = self.windows_of(key, tier, limit, now);
                     &made
                 }
             };
@@ -456,7 +451,7 @@ impl Gate {
                     self.slots.mark(key.owner, Mark::Permits);
                     return Err(NotTaken::Limited { retry_after_s, reset_s });
                 }
-                Err(GivenBack) => loaded = self.without(key.owner, &loaded),
+                Err(GivenBack) => loaded = self.without(key.slot, &loaded),
             }
         }
     }
@@ -464,28 +459,25 @@ impl Gate {
     /// Takes windows that were given back out of the key's cell, and loads what is there then. Whoever gave them back does
     /// so, too; nobody waits for it.
     #[cold]
-    fn without(&self, owner: SlotId, given_back: &Guard<Option<Arc<KeyWindows>>>) -> Guard<Option<Arc<KeyWindows>>> {
-        let cell = self.slots.windows(owner);
+    fn without(&self, slot: &Slot, given_back: &Guard<Option<Arc<KeyWindows>>>) -> Guard<Option<Arc<KeyWindows>>> {
         if given_back.is_some() {
-            cell.compare_and_swap(given_back, None);
+            slot.windows.compare_and_swap(given_back, None);
         }
-        cell.load()
+        slot.windows.load()
     }
 
     /// The windows of a key, made if it has none.
     #[cold]
-    fn windows_of(&self, owner: SlotId, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
-        match self.slots.place_for_windows(owner) {
-            Some(cell) => self.windows_in(cell, owner, tier, limit, now),
-            // Owners lie in slots that were allocated.
-            None => Arc::new(KeyWindows::new(tier, limit, now.elapsed_ns)),
-        }
+    fn windows_of(&self, key: &Key<'_>, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
+        self.windows_in(key.slot, key.owner, tier, limit, now)
     }
 
-    /// The windows that the cell of an owner leads to, put in if there are none.
-    fn windows_in(&self, cell: &WindowsCell, owner: SlotId, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
+    /// The windows that an owner slot leads to, put in if there are none.
+    fn windows_in(&self, slot: &Slot, owner: SlotId, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
         let made = Arc::new(KeyWindows::new(tier, limit, now.elapsed_ns));
-        let before = cell.compare_and_swap(&None::<Arc<KeyWindows>>, Some(made.clone()));
+        let before = slot
+            .windows
+            .compare_and_swap(&None::<Arc<KeyWindows>>, Some(made.clone()));
         match &*before {
             Some(windows) => windows.clone(),
             None => {
@@ -551,25 +543,13 @@ struct Key<'a> {
     /// The owner slot.
     slot: &'a Slot,
     /// What is said of the secret that was presented.
-    terms: &'a Arc<Terms>,
     terms_id: TermsId,
+    brief: &'a Brief,
     /// The slot of that secret.
     secret: &'a Slot,
     digest: &'a SecretDigest,
     /// Whether it came in `Authorization`.
     in_authorization: bool,
-}
-
-impl Key<'_> {
-    #[inline]
-    fn id(&self) -> KeyId {
-        match (self.slot.inline_id(), &self.terms.long_id) {
-            (Some(id), _) => id,
-            (None, Some(id)) => KeyId::Shared(id.clone()),
-            // Terms of keys with long ids have them.
-            (None, None) => "".into(),
-        }
-    }
 }
 
 impl Rule<'_> {
@@ -587,7 +567,7 @@ impl Rule<'_> {
         Ok(Permit {
             facts: self.facts.clone(),
             route: self.route.id,
-            key_id: key.id(),
+            key_id: key.slot.short_id(),
             terms: key.terms_id,
             secret: *key.digest,
             counted: Some(counted),
@@ -619,7 +599,7 @@ impl Rule<'_> {
 
     fn refusal_of(&self, reason: Reason, key: &Key<'_>) -> Refusal {
         Refusal {
-            holder: Some((key.id(), key.terms.clone())),
+            holder: (self.facts.terms.get(key.terms_id)).map(|terms| (key.slot.short_id(), terms.clone())),
             ..self.refusal(reason)
         }
     }

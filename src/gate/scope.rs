@@ -91,6 +91,11 @@ impl NameSet {
         bits >> bit & 1 == 1
     }
 
+    /// Which of the first 64 names are in the set, a bit for each.
+    pub(super) fn first_64(&self) -> u64 {
+        self.first
+    }
+
     fn insert(&mut self, id: NameId) {
         let (word, bit) = (id.index() / 64, id.index() % 64);
         if word == 0 {

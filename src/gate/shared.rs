@@ -18,7 +18,10 @@ impl Gate {
             return;
         };
         let Some(tier) = route.tier() else { return };
-        let windows = self.slots.windows(wanted.owner).load();
+        let Some(slot) = self.slots.get(wanted.owner) else {
+            return;
+        };
+        let windows = slot.windows.load();
         if let Some(windows) = &*windows
             && windows.add_refusal(tier.id, counted.limit, now.elapsed_ns).is_ok()
         {
@@ -45,16 +48,16 @@ impl Gate {
             let windows = match &*loaded {
                 Some(windows) => windows,
                 None => {
-                    made = self.windows_of(key.owner, tier, limit, now);
+                    made = self.windows_of(key, tier, limit, now);
                     &made
                 }
             };
             if spent.is_none() {
-                let make = || Reservation::new(key.id().as_str(), &rule.tier.name, limit);
+                let make = || Reservation::new(self.slots.key_id(key.owner).as_str(), &rule.tier.name, limit);
                 let reservation = match windows.reservation(tier, limit, make) {
                     Ok(reservation) => reservation,
                     Err(GivenBack) => {
-                        loaded = self.without(key.owner, &loaded);
+                        loaded = self.without(key.slot, &loaded);
                         continue;
                     }
                 };
@@ -66,7 +69,7 @@ impl Gate {
                 let mut tell = false;
                 match windows.take_shared(&reservation, tier, limit, now_ns, &mut tell) {
                     Err(GivenBack) => {
-                        loaded = self.without(key.owner, &loaded);
+                        loaded = self.without(key.slot, &loaded);
                         continue;
                     }
                     Ok(SharedOutcome::Limited { retry_after_s }) => {
@@ -107,7 +110,7 @@ impl Gate {
             }
             // What was spent is recorded, if need be in windows that came after.
             match windows.record(tier, limit, now_ns) {
-                Err(GivenBack) => loaded = self.without(key.owner, &loaded),
+                Err(GivenBack) => loaded = self.without(key.slot, &loaded),
                 Ok(newly_active) => {
                     self.note_active(key.owner, newly_active);
                     if let Some(permit) = spent.take() {

@@ -1,9 +1,8 @@
 //! The memory of the keys: one 72-byte slot per secret, in chunks that never move, named by a number.
 //!
 //! Slots outlive snapshots, because windows do. The first secret of a key lies in the key's *owner* slot, which also
-//! holds the key's id; further secrets (a rotation's) lie in slots that point to it. What leads to a key's windows lies
-//! beside the owner slots, where its place follows from the slot's number, so that keys that nobody uses take nothing
-//! for it and a decision asks the memory for the slot and for that place at once.
+//! holds the key's id and what leads to its windows; further secrets (a rotation's) lie in slots that point to it. What
+//! few slots have, and no decision asks for, lies in maps beside them.
 //!
 //! # Who may touch what
 //! A reader finds a slot by what is in force (`snapshot.rs`) and holds on to that for one decision. A writer works on
@@ -17,7 +16,7 @@
 //!   one of the same key, the terms might be the other's, and then the digest is another, too;
 //! - a slot is given to another key only after the last reader who could be in it has left (`retired.rs`).
 
-use super::key::{KeyId, SecretDigest};
+use super::key::{KeyId, SecretDigest, ShortId};
 use super::quota::KeyWindows;
 use super::terms::{NO_TERMS, TermsId};
 use arc_swap::ArcSwapOption;
@@ -26,7 +25,7 @@ use std::sync::atomic::{
     AtomicU32, AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// The number of a slot.
 pub(super) type SlotId = u32;
@@ -46,27 +45,17 @@ pub(super) struct Slots {
     chunks: Box<[OnceLock<Box<Chunk>>]>,
     /// Of owner slots whose keys' ids are too long for them. No decision looks here: the terms have the id, too.
     long_ids: Mutex<HashMap<SlotId, Arc<str>>>,
+    /// From each of a key's slots to the next, where there are several. Used by writers only.
+    siblings: Mutex<HashMap<SlotId, SlotId, ahash::RandomState>>,
 }
 
 #[derive(Debug)]
 struct Chunk {
     slots: Box<[Slot]>,
-    /// Made when a key of the neighbourhood is first used.
-    windows: Box<[OnceLock<Box<Neighbourhood>>]>,
     permits: Bitmap,
     changed: Bitmap,
     live: Bitmap,
 }
-
-/// What leads to the windows of one key.
-pub(super) type WindowsCell = ArcSwapOption<KeyWindows>;
-
-/// The cells of as many keys as there are bits in a word of a bitmap.
-type Neighbourhood = [WindowsCell; NEIGHBOURS];
-const NEIGHBOURS: usize = 64;
-
-/// The cell of all keys of whose neighbourhood none was ever used. Nothing is ever put in.
-static NO_WINDOWS: WindowsCell = ArcSwapOption::const_empty();
 
 /// One secret, and the key itself where it is the owner.
 #[derive(Debug)]
@@ -75,9 +64,9 @@ pub(super) struct Slot {
     digest: [AtomicU64; 4],
     /// What kind of slot it is, in the first byte, and the id of the key or the number of its owner slot.
     name: [AtomicU64; 3],
+    /// The windows of the key; only of an owner slot.
+    pub windows: ArcSwapOption<KeyWindows>,
     terms: AtomicU32,
-    /// The key's next secret; used by writers only.
-    pub sibling: AtomicU32,
     /// Unix time of the last permit, in seconds; 0 for none yet.
     pub last_used_s: AtomicU32,
 }
@@ -102,6 +91,7 @@ impl Slots {
         Slots {
             chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect(),
             long_ids: Mutex::default(),
+            siblings: Mutex::default(),
         }
     }
 
@@ -119,7 +109,6 @@ impl Slots {
         cell.get_or_init(|| {
             Box::new(Chunk {
                 slots: (0..CHUNK).map(|_| Slot::empty()).collect(),
-                windows: (0..CHUNK / NEIGHBOURS).map(|_| OnceLock::new()).collect(),
                 permits: Bitmap::empty(),
                 changed: Bitmap::empty(),
                 live: Bitmap::empty(),
@@ -128,32 +117,31 @@ impl Slots {
         true
     }
 
-    /// What leads to the windows of the key in an owner slot: nothing leads anywhere while the key was never used.
-    #[inline]
-    pub fn windows(&self, owner: SlotId) -> &WindowsCell {
-        let place = owner as usize % CHUNK;
-        self.chunk(owner)
-            .and_then(|chunk| chunk.windows.get(place / NEIGHBOURS)?.get())
-            .map_or(&NO_WINDOWS, |cells| &cells[place % NEIGHBOURS])
+    /// The slot of the key's next secret.
+    pub fn sibling_of(&self, id: SlotId) -> Option<SlotId> {
+        self.siblings().get(&id).copied()
     }
 
-    /// [`Slots::windows`] for somebody who is about to put some in. Allocates once for [`NEIGHBOURS`] keys. `None` for a
-    /// slot that was never allocated.
-    pub fn place_for_windows(&self, owner: SlotId) -> Option<&WindowsCell> {
-        let place = owner as usize % CHUNK;
-        let cells = self.chunk(owner)?.windows.get(place / NEIGHBOURS)?;
-        let cells = cells.get_or_init(|| Box::new([const { ArcSwapOption::const_empty() }; NEIGHBOURS]));
-        cells.get(place % NEIGHBOURS)
+    /// Sets the slot of the key's next secret.
+    pub fn set_sibling(&self, id: SlotId, next: Option<SlotId>) {
+        match next {
+            Some(next) => self.siblings().insert(id, next),
+            None => self.siblings().remove(&id),
+        };
+    }
+
+    fn siblings(&self) -> MutexGuard<'_, HashMap<SlotId, SlotId, ahash::RandomState>> {
+        self.siblings.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// The id of the key in an owner slot.
     pub fn key_id(&self, owner: SlotId) -> KeyId {
-        match self.get(owner).map(Slot::inline_id) {
-            Some(Some(id)) => id,
-            Some(None) => {
+        match self.get(owner) {
+            Some(slot) if slot.has_long_id() => {
                 let long_ids = self.long_ids.lock().unwrap_or_else(|e| e.into_inner());
-                long_ids.get(&owner).cloned().map_or_else(|| "".into(), KeyId::Shared)
+                long_ids.get(&owner).cloned().map_or_else(|| "".into(), KeyId::Long)
             }
+            Some(slot) => KeyId::Short(slot.short_id()),
             None => "".into(),
         }
     }
@@ -162,8 +150,8 @@ impl Slots {
     pub fn set_key_id(&self, owner: SlotId, id: &KeyId) {
         let Some(slot) = self.get(owner) else { return };
         slot.set_name(match id {
-            KeyId::Inline(words) => *words,
-            KeyId::Shared(id) => {
+            KeyId::Short(id) => id.0,
+            KeyId::Long(id) => {
                 let mut long_ids = self.long_ids.lock().unwrap_or_else(|e| e.into_inner());
                 long_ids.insert(owner, id.clone());
                 [[LONG_ID; 8]; 3]
@@ -174,14 +162,12 @@ impl Slots {
     /// Makes a slot, which has no terms, as good as new.
     pub fn clear(&self, id: SlotId) {
         if let Some(slot) = self.get(id) {
-            if slot.owner(id) == Some(id) && slot.inline_id().is_none() {
+            if slot.has_long_id() {
                 let mut long_ids = self.long_ids.lock().unwrap_or_else(|e| e.into_inner());
                 long_ids.remove(&id);
             }
+            self.set_sibling(id, None);
             slot.clear();
-            if self.windows(id).load().is_some() {
-                self.windows(id).store(None);
-            }
         }
     }
 
@@ -252,8 +238,8 @@ impl Slot {
         let slot = Slot {
             digest: Default::default(),
             name: Default::default(),
+            windows: ArcSwapOption::const_empty(),
             terms: AtomicU32::new(NO_TERMS),
-            sibling: AtomicU32::new(NONE),
             last_used_s: AtomicU32::new(0),
         };
         slot.set_name([[FREE; 8]; 3]);
@@ -337,11 +323,15 @@ impl Slot {
         self.set_name([first, [0; 8], [0; 8]]);
     }
 
-    /// The id of the key; only of an owner slot. `None` for one of more than [`KeyId::INLINE`] bytes.
+    /// The id of the key; only of an owner slot, and of no use where that has a long one.
     #[inline]
-    pub fn inline_id(&self) -> Option<KeyId> {
-        let words = self.name.each_ref().map(|word| word.load(Relaxed).to_ne_bytes());
-        (usize::from(words[0][0]) <= KeyId::INLINE).then_some(KeyId::Inline(words))
+    pub fn short_id(&self) -> ShortId {
+        ShortId(self.name.each_ref().map(|word| word.load(Relaxed).to_ne_bytes()))
+    }
+
+    /// Whether the key's id lies elsewhere, because it is longer than [`KeyId::SHORT`].
+    fn has_long_id(&self) -> bool {
+        self.name[0].load(Relaxed).to_ne_bytes()[0] == LONG_ID
     }
 
     fn set_name(&self, name: [[u8; 8]; 3]) {
@@ -353,7 +343,9 @@ impl Slot {
     fn clear(&self) {
         self.take_out();
         self.set_name([[FREE; 8]; 3]);
-        self.sibling.store(NONE, Relaxed);
+        if self.windows.load().is_some() {
+            self.windows.store(None);
+        }
     }
 }
 
@@ -393,12 +385,7 @@ mod tests {
         }
         slots.clear(7);
         assert!(slots.long_ids.into_inner().unwrap().is_empty());
-        let [inline, ..] = [KeyId::from("key_0123456789012345678")];
-        let KeyId::Inline(words) = inline else {
-            panic!("23 bytes")
-        };
-        slot.set_name(words);
-        assert_eq!(slot.inline_id().unwrap().as_str(), "key_0123456789012345678");
+        slot.set_name(ShortId::NONE.0);
         assert_eq!(slot.owner(7), Some(7));
         let digest = SecretDigest::of(b"a secret");
         assert_eq!(slot.set_terms(5), NO_TERMS);
@@ -412,21 +399,6 @@ mod tests {
         assert_eq!(slot.owner(7), Some(0x0102_0304));
         slot.clear();
         assert_eq!(slot.owner(7), None);
-    }
-
-    #[test]
-    fn windows_have_a_place_once_they_are_wanted() {
-        let slots = Slots::new();
-        assert!(slots.place_for_windows(0).is_none(), "no slot, no place");
-        assert!(slots.allocate(0));
-        assert!(slots.windows(3).load().is_none());
-        let limit = super::super::limit::Limit::new(5, 1_000).unwrap();
-        let windows = Arc::new(KeyWindows::new(super::super::scope::NameId(0), limit, 0));
-        slots.place_for_windows(3).unwrap().store(Some(windows));
-        assert!(slots.windows(3).load().is_some());
-        assert!(slots.windows(2).load().is_none(), "a neighbour has its own");
-        slots.clear(3);
-        assert!(slots.windows(3).load().is_none());
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! A slot has the number ([`TermsId`]), and the table that leads from it to the terms is a part of what is in force: a
 //! decision has that in its hands already, so that reading the terms is two plain loads, and a permit needs no count of
 //! references but the one on the table. The table is never changed; the writer makes the next one, of which most pages
-//! are those of the last.
+//! are those of the last. What nearly all decisions need of the terms ([`Brief`]) lies in the table itself, close together:
+//! those of ten thousand organisations stay in the processor's cache.
 //!
 //! - A number is put in force before it is stored in a slot. A reader whose table does not know the number of a
 //!   slot began before that, and finds it in what is in force by then.
@@ -108,7 +109,22 @@ pub(super) const NO_TERMS: TermsId = TermsId::MAX;
 #[derive(Clone, Default)]
 pub(super) struct Known(Arc<[Arc<Page>]>);
 
-type Page = [Option<Arc<Terms>>; PAGE];
+#[derive(Clone)]
+struct Page {
+    briefs: [Brief; PAGE],
+    terms: [Option<Arc<Terms>>; PAGE],
+}
+
+/// What a decision on a valid secret needs to know.
+#[derive(Clone, Copy)]
+pub(super) struct Brief {
+    /// Until then, in Unix milliseconds, there is nothing against the secret. From then on the terms say what.
+    pub valid_until_ms: i64,
+    scopes: u64,
+    pub environment_id: NameId,
+    pub plan: NameId,
+}
+
 /// A change that brings new terms copies a page, and a pointer for each of the others.
 const PAGE: usize = 256;
 
@@ -116,6 +132,59 @@ impl Known {
     #[inline]
     pub fn get(&self, id: TermsId) -> Option<&Arc<Terms>> {
         held_in(&self.0, id)
+    }
+
+    /// What a number comes to that is not in the table is not valid.
+    #[inline]
+    pub fn brief(&self, id: TermsId) -> &Brief {
+        let page = self.0.get(id as usize / PAGE);
+        page.map_or(&Brief::NONE, |page| &page.briefs[id as usize % PAGE])
+    }
+
+    /// Whether the terms, of which `brief` is the brief, have the scope.
+    #[inline]
+    pub fn has_scope(&self, id: TermsId, brief: &Brief, scope: NameId) -> bool {
+        match scope.index() {
+            bit @ 0..64 => brief.scopes >> bit & 1 == 1,
+            _ => self.get(id).is_some_and(|terms| terms.scopes.contains(scope)),
+        }
+    }
+}
+
+impl Brief {
+    const NONE: Brief = Brief {
+        valid_until_ms: i64::MIN,
+        scopes: 0,
+        environment_id: NameId(u16::MAX),
+        plan: NameId(u16::MAX),
+    };
+}
+
+impl From<&Terms> for Brief {
+    fn from(terms: &Terms) -> Self {
+        let is_off = terms.disabled || terms.revoked;
+        Brief {
+            valid_until_ms: if is_off {
+                i64::MIN
+            } else {
+                terms.not_after_ms.min(terms.expires_at_ms)
+            },
+            scopes: terms.scopes.first_64(),
+            environment_id: terms.environment_id,
+            plan: terms.plan,
+        }
+    }
+}
+
+impl Page {
+    const EMPTY: Page = Page {
+        briefs: [Brief::NONE; PAGE],
+        terms: [const { None }; PAGE],
+    };
+
+    fn set(&mut self, place: usize, terms: Option<Arc<Terms>>) {
+        self.briefs[place] = terms.as_deref().map_or(Brief::NONE, Brief::from);
+        self.terms[place] = terms;
     }
 }
 
@@ -126,7 +195,7 @@ impl fmt::Debug for Known {
 }
 
 /// The writer's side: the terms in use, and the next table of them.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct TermsTable {
     pages: Vec<Arc<Page>>,
     /// How many slots have each number.
@@ -150,8 +219,8 @@ impl TermsTable {
     /// [`KeyError::NotAHeaderValue`], [`KeyError::TooMany`].
     pub fn of(&mut self, names: &NameTables, key: &KeyUpdate, not_after_ms: Option<i64>) -> Result<TermsId, KeyError> {
         let plain = key.expires_at_ms.is_none() && not_after_ms.is_none() && !key.disabled && !key.revoked;
-        if !plain || key.id.len() > KeyId::INLINE {
-            let long_id = (key.id.len() > KeyId::INLINE).then(|| Arc::from(&*key.id));
+        if !plain || key.id.len() > KeyId::SHORT {
+            let long_id = (key.id.len() > KeyId::SHORT).then(|| Arc::from(&*key.id));
             let terms = Terms {
                 not_after_ms: not_after_ms.unwrap_or(i64::MAX),
                 expires_at_ms: key.expires_at_ms.unwrap_or(i64::MAX),
@@ -229,19 +298,19 @@ impl TermsTable {
                 let id = TermsId::try_from(self.uses.len()).map_err(|_| KeyError::TooMany)?;
                 self.uses.push(0);
                 if self.pages.len() * PAGE <= id as usize {
-                    self.pages.push(Arc::new([const { None }; PAGE]));
+                    self.pages.push(Arc::new(Page::EMPTY));
                 }
                 id
             }
         };
         self.changed = true;
-        Arc::make_mut(&mut self.pages[id as usize / PAGE])[id as usize % PAGE] = Some(Arc::new(terms));
+        Arc::make_mut(&mut self.pages[id as usize / PAGE]).set(id as usize % PAGE, Some(Arc::new(terms)));
         Ok(id)
     }
 
     fn remove(&mut self, id: TermsId) {
         self.changed = true;
-        Arc::make_mut(&mut self.pages[id as usize / PAGE])[id as usize % PAGE] = None;
+        Arc::make_mut(&mut self.pages[id as usize / PAGE]).set(id as usize % PAGE, None);
         self.gone.push(id);
     }
 
@@ -292,7 +361,7 @@ impl TermsTable {
 
 #[inline]
 fn held_in(pages: &[Arc<Page>], id: TermsId) -> Option<&Arc<Terms>> {
-    pages.get(id as usize / PAGE)?[id as usize % PAGE].as_ref()
+    pages.get(id as usize / PAGE)?.terms[id as usize % PAGE].as_ref()
 }
 
 impl Role {
@@ -317,4 +386,79 @@ fn header(key: &KeyUpdate, text: &str) -> Result<HeaderValue, KeyError> {
     let plain = text.bytes().all(|b| (b' '..=b'~').contains(&b));
     let value = HeaderValue::from_str(text).ok().filter(|_| plain);
     value.ok_or_else(|| KeyError::NotAHeaderValue { id: key.id.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::slots::Slots;
+    use super::*;
+
+    fn key_of(organization: &str, expires_at_ms: Option<i64>) -> KeyUpdate {
+        KeyUpdate {
+            id: "key_1".into(),
+            organization: organization.into(),
+            environment: "live".into(),
+            expires_at_ms,
+            ..KeyUpdate::default()
+        }
+    }
+
+    #[test]
+    fn a_number_means_one_thing_until_nobody_can_know_it() {
+        let (names, mut table, slots) = (NameTables::default(), TermsTable::default(), Slots::new());
+        assert!(slots.allocate(0));
+        let slot = slots.get(0).unwrap();
+        let first = table.of(&names, &key_of("org_1", Some(5)), None).unwrap();
+        table.give(slot, first);
+        assert!(table.has_changed());
+        let (before, gone) = table.next();
+        assert!(gone.is_empty() && !table.has_changed());
+        let second = table.of(&names, &key_of("org_2", Some(7)), Some(6)).unwrap();
+        table.give(slot, second);
+        let (after, gone) = table.next();
+        assert_eq!((slot.terms(), &*gone), (second, &[first][..]));
+        assert_eq!(before.get(first).unwrap().organization(), "org_1");
+        assert_eq!(before.brief(first).valid_until_ms, 5);
+        assert!(before.get(second).is_none(), "it came later");
+        assert!(after.get(first).is_none());
+        assert_eq!(after.brief(first).valid_until_ms, i64::MIN);
+        assert_eq!(after.brief(second).valid_until_ms, 6);
+        let third = table.of(&names, &key_of("org_3", Some(8)), None).unwrap();
+        assert_ne!(third, first, "somebody may hold the table before");
+        table.use_again(gone);
+        assert_eq!(table.of(&names, &key_of("org_4", Some(9)), None), Ok(first));
+        assert_eq!(before.get(first).unwrap().organization(), "org_1");
+    }
+
+    #[test]
+    fn terms_of_many_keys_are_held_once_until_none_has_them() {
+        let (names, mut table, slots) = (NameTables::default(), TermsTable::default(), Slots::new());
+        assert!(slots.allocate(0));
+        let slot = slots.get(0).unwrap();
+        let of = |table: &mut TermsTable| table.of(&names, &key_of("org_1", None), None).unwrap();
+        let plain = of(&mut table);
+        table.give(slot, plain);
+        assert_eq!(of(&mut table), plain);
+        table.give(slot, NO_TERMS);
+        assert_eq!(of(&mut table), plain, "it may well be wanted again");
+        table.forget_unused();
+        assert_eq!(table.next().1, [plain]);
+        assert_ne!(of(&mut table), plain);
+    }
+
+    #[test]
+    fn a_scope_is_had_whatever_its_number() {
+        let (names, mut table) = (NameTables::default(), TermsTable::default());
+        let all: Vec<Box<str>> = (0..130).map(|n| format!("scope:{n}").into()).collect();
+        let numbers: Vec<NameId> = all.iter().map(|name| names.scopes.number(name).unwrap()).collect();
+        let key = KeyUpdate {
+            scopes: all.iter().step_by(3).cloned().collect(),
+            ..key_of("org_1", None)
+        };
+        let id = table.of(&names, &key, None).unwrap();
+        let (known, _) = table.next();
+        for (n, scope) in numbers.into_iter().enumerate() {
+            assert_eq!(known.has_scope(id, known.brief(id), scope), n % 3 == 0, "{n}");
+        }
+    }
 }

@@ -12,7 +12,6 @@ use super::snapshot::{Facts, InForce, Snapshot};
 use super::terms::TermsId;
 use super::writer::Writer;
 use std::fmt;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
@@ -305,8 +304,8 @@ impl Gate {
 
     /// The owner slot and those of the key's other secrets.
     pub(super) fn secret_slots(&self, owner: SlotId) -> impl Iterator<Item = (SlotId, &Slot)> {
-        std::iter::successors(self.slots.get(owner).map(|slot| (owner, slot)), |(_, slot)| {
-            let next = slot.sibling.load(Relaxed);
+        std::iter::successors(self.slots.get(owner).map(|slot| (owner, slot)), |(id, _)| {
+            let next = self.slots.sibling_of(*id)?;
             self.slots.get(next).map(|slot| (next, slot))
         })
     }
@@ -378,19 +377,16 @@ impl Gate {
     }
 
     pub(super) fn attach(&self, owner: SlotId, id: SlotId) {
-        if let (Some(owner), Some(slot)) = (self.slots.get(owner), self.slots.get(id)) {
-            slot.sibling.store(owner.sibling.load(Relaxed), Relaxed);
-            owner.sibling.store(id, Relaxed);
-        }
+        self.slots.set_sibling(id, self.slots.sibling_of(owner));
+        self.slots.set_sibling(owner, Some(id));
     }
 
     pub(super) fn detach(&self, owner: SlotId, id: SlotId) {
-        let Some(slot) = self.slots.get(id) else { return };
         let before = self
             .secret_slots(owner)
-            .find(|(_, before)| before.sibling.load(Relaxed) == id);
-        if let Some((_, before)) = before {
-            before.sibling.store(slot.sibling.load(Relaxed), Relaxed);
+            .find(|(before, _)| self.slots.sibling_of(*before) == Some(id));
+        if let Some((before, _)) = before {
+            self.slots.set_sibling(before, self.slots.sibling_of(id));
         }
     }
 

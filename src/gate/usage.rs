@@ -89,7 +89,7 @@ impl Gate {
         // Slots are not given back meanwhile.
         let reclaiming = self.reclaiming();
         self.slots.drain(Mark::Permits, |owner, slot| {
-            let Some(windows) = self.slots.windows(owner).load_full() else {
+            let Some(windows) = slot.windows.load_full() else {
                 return;
             };
             self.drain_key(owner, slot, &windows, each, each_secret);
@@ -124,8 +124,8 @@ impl Gate {
     /// The windows that changed since the last call.
     pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState)) {
         let _reclaiming = self.reclaiming();
-        self.slots.drain(Mark::Windows, |owner, _| {
-            let Some(windows) = self.slots.windows(owner).load_full() else {
+        self.slots.drain(Mark::Windows, |owner, slot| {
+            let Some(windows) = slot.windows.load_full() else {
                 return;
             };
             let key_id = self.slots.key_id(owner);
@@ -155,11 +155,8 @@ impl Gate {
             let plan = plan.map_or_else(|| policy.base(), |plan| policy.plan(plan));
             // A tier that is in no settings any more has no limit to count against.
             let Some(limit) = plan.limit(tier) else { return };
-            let Some(cell) = self.slots.place_for_windows(owner) else {
-                return;
-            };
             loop {
-                let windows = self.windows_in(cell, owner, tier, limit, now);
+                let windows = self.windows_in(slot, owner, tier, limit, now);
                 if windows.restore(tier, limit, counts, now.elapsed_ns).is_ok() {
                     break;
                 }
@@ -177,15 +174,14 @@ impl Gate {
             self.use_again(writer);
             let mut live = vec![];
             self.slots.drain(Mark::Live, |owner, slot| {
-                let cell = self.slots.windows(owner);
-                let Some(windows) = cell.load_full() else {
+                let Some(windows) = slot.windows.load_full() else {
                     return;
                 };
                 if !windows.give_back_if_idle(now.elapsed_ns) {
                     live.push(owner);
                     return;
                 }
-                cell.compare_and_swap(&Some(windows.clone()), None);
+                slot.windows.compare_and_swap(&Some(windows.clone()), None);
                 self.keep_leaving(owner, slot, windows);
             });
             live.into_iter().for_each(|owner| self.slots.mark(owner, Mark::Live));
@@ -194,7 +190,7 @@ impl Gate {
 
     /// Keeps what a key has counted, because it is being forgotten.
     pub(super) fn keep_counts_of(&self, owner: SlotId, slot: &Slot) {
-        let Some(windows) = self.slots.windows(owner).load_full() else {
+        let Some(windows) = slot.windows.load_full() else {
             return;
         };
         let mut kept = Leftovers::default();
@@ -237,8 +233,7 @@ impl Gate {
         let key_id = self.slots.key_id(owner);
         let environment = self.environment_of(slot);
         self.drain_windows_of(key_id.as_str(), &environment, windows, each);
-        let mut next = Some(owner);
-        while let Some(secret) = next.and_then(|id| self.slots.get(id)) {
+        for (_, secret) in self.secret_slots(owner) {
             let at_s = secret.last_used_s.load(Relaxed);
             if at_s != 0 && secret.holds_secret() {
                 let digest = secret.digest().0;
@@ -249,7 +244,6 @@ impl Gate {
                     at_s,
                 });
             }
-            next = Some(secret.sibling.load(Relaxed));
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows a status code; `proxy/response.rs` is the one place that turns a refusal into HTTP.
 
-use super::key::{KeyId, SecretDigest};
+use super::key::{SecretDigest, ShortId};
 use super::limit::Limit;
 use super::quota::InFlight;
 use super::reservation::Reservation;
@@ -22,7 +22,7 @@ pub struct Permit {
     pub(super) facts: Arc<Facts>,
     pub(super) route: RouteId,
     /// Empty on a public rule, as the next two.
-    pub(super) key_id: KeyId,
+    pub(super) key_id: ShortId,
     pub(super) terms: TermsId,
     pub(super) secret: SecretDigest,
     pub(super) counted: Option<Counted>,
@@ -85,14 +85,15 @@ pub struct PermitTicket(pub(super) Option<SecretDigest>);
 /// Whose request it is: what upstreams are told and logs may say. Never the secret.
 #[derive(Clone, Copy, Debug)]
 pub struct Holder<'a> {
-    pub(super) id: &'a KeyId,
+    /// Unless the terms have a longer one.
+    pub(super) id: &'a ShortId,
     pub(super) terms: &'a Terms,
 }
 
 impl<'a> Holder<'a> {
     /// The id of the key.
     pub fn key_id(self) -> &'a str {
-        self.id.as_str()
+        self.terms.long_id.as_deref().unwrap_or_else(|| self.id.as_str())
     }
 
     /// The organisation that owns it.
@@ -166,7 +167,7 @@ pub struct Refusal {
     pub reason: Reason,
     /// The rule that it fell under, where one was chosen.
     pub route: Option<Arc<Route>>,
-    pub(super) holder: Option<(KeyId, Arc<Terms>)>,
+    pub(super) holder: Option<(ShortId, Arc<Terms>)>,
     pub(super) counted: Option<Counted>,
     pub(super) wanted: Option<Wanted>,
 }

@@ -28,7 +28,8 @@
 //! | `oldest` | a hint: the low half of the number of the oldest sub-bucket with a permit in it |
 //!
 //! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 528 bytes for up to
-//! 2,147,483,647 permits, 288 for up to 32,767, 208 for up to 1,023, 144 for up to 63. All but the ring lies together, so
+//! 2,147,483,647 permits, 288 for up to 32,767, 208 for up to 1,023, 144 for up to 63; in windows of an hour and longer,
+//! 288 for up to 524,287, 208 for up to 8,191, 144 for up to 255. All but the ring lies together, so
 //! a permit touches one cache line while head stays in its sub-bucket, and one also where the window has rested for
 //! longer than it is long; any other advance, and a refusal, touch the ring.
 //!
@@ -145,11 +146,12 @@ impl<const K: u64> SlidingWindow<K> {
         let head = self.head.load(Ordering::Acquire); // (1)
         let prior = self.prior.load(Ordering::Acquire); // (1)
         let hint = self.oldest.load(Ordering::Acquire);
-        let epoch = epoch_of(head);
+        // By prior's epoch, which is not as new as head often is in a busy window: the swap waits for what is reckoned from
+        // head. Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
+        let epoch = epoch_of(prior);
         let counted = sum_of(count_of(prior), count_of(head), cost);
-        // Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
         if self.can_serve(limit)
-            && epoch_of(prior) == epoch
+            && epoch_of(head) == epoch
             && now < grid.start_of(epoch + 1)
             && counted <= u64::from(limit.permits())
             && let Some(oldest) = Self::oldest_by(hint, epoch)
@@ -249,7 +251,7 @@ impl<const K: u64> SlidingWindow<K> {
     fn at(window_ms: u32, most: u32, epoch: u64) -> Self {
         let lanes = LANES
             .into_iter()
-            .find(|&lanes| K.is_multiple_of(lanes) && most <= capacity(lanes))
+            .find(|&lanes| K.is_multiple_of(lanes) && most <= capacity(lanes, window_ms))
             .unwrap_or(1);
         SlidingWindow {
             head: AtomicU64::new(pack(epoch, 0)),
@@ -271,7 +273,7 @@ impl<const K: u64> SlidingWindow<K> {
     /// Whether the window is of the limit's length, and its counts can grow as far as the limit.
     #[inline]
     fn can_serve(&self, limit: Limit) -> bool {
-        window_ms(limit) == self.window_ms && limit.permits() <= capacity(self.lanes())
+        window_ms(limit) == self.window_ms && limit.permits() <= capacity(self.lanes(), self.window_ms)
     }
 
     /// The grid, if the window can serve the limit and the limit the cost.
@@ -457,7 +459,7 @@ impl<const K: u64> std::fmt::Debug for SlidingWindow<K> {
         let head = self.head.load(Ordering::Acquire);
         let mut out = f.debug_struct("Window");
         out.field("window_ms", &self.window_ms)
-            .field("capacity", &capacity(self.lanes()));
+            .field("capacity", &capacity(self.lanes(), self.window_ms));
         if head == CLOSED {
             out.field("closed", &true)
         } else {

@@ -168,3 +168,24 @@ fn a_slot_is_not_given_to_another_key_while_a_reader_may_be_in_it() {
         assert!(fixture.gate.has_secret(secret(n).as_bytes()), "{n}");
     }
 }
+
+#[test]
+fn a_permit_goes_on_saying_what_it_was_given_for_while_thousands_of_changes_reuse_what_they_can() {
+    let fixture = Fixture::new([key(1, 1)]);
+    let of_organization = |n: u32| KeyUpdate {
+        organization: format!("org_{n}").into(),
+        expires_at_ms: Some(i64::MAX - i64::from(n)),
+        ..key(1, 100 + u64::from(n))
+    };
+    fixture.gate.apply(of_organization(0)).unwrap();
+    let permit = fixture.ask("/things", &secret(1)).unwrap();
+    for n in 1..3_000 {
+        fixture.gate.apply(of_organization(n)).unwrap();
+    }
+    assert_eq!(permit.holder().unwrap().organization(), "org_0");
+    let now = fixture.ask("/things", &secret(1)).unwrap();
+    assert_eq!(now.holder().unwrap().organization(), "org_2999");
+    // Numbers are used again: 3,000 different terms have had a handful of them.
+    let known = fixture.gate.in_force.load().facts.terms.clone();
+    assert!((20..3_000).all(|id| known.get(id).is_none()));
+}

@@ -164,10 +164,12 @@ impl<const K: u64> SlidingWindow<K> {
     }
 
     fn collect_all<const N: u64>(&self, grid: Grid<K>, counts: &mut WindowCounts) {
+        let lanes = Lanes::<N>::of(self.window_ms);
         for word in &self.ring {
             let word = word.load(Ordering::Acquire);
-            for epoch in epoch_of(word) * N..(epoch_of(word) + 1) * N {
-                let count = Lanes::<N>::count_in(word, epoch);
+            let group = lanes.group_of(word);
+            for epoch in group * N..(group + 1) * N {
+                let count = lanes.count_in(word, epoch);
                 if count > 0 {
                     counts.add(grid.first_ns(epoch), grid.last_ns(epoch), count);
                 }

@@ -1,6 +1,6 @@
 //! The ring of closed sub-buckets, in which several may share a word.
 
-use super::super::limit::{Lanes, epoch_of};
+use super::super::limit::Lanes;
 use super::super::sync::Ordering;
 use super::SlidingWindow;
 
@@ -37,15 +37,16 @@ impl<const K: u64> SlidingWindow<K> {
 
     #[inline]
     fn walk_lanes<const N: u64>(&self, from: u64, to: u64, mut visit: impl FnMut(u64, u32) -> bool) {
+        let lanes = Lanes::<N>::of(self.window_ms);
         let mut epoch = from;
         let mut index = (from / N % (K / N + 1)) as usize;
         while epoch < to {
             let group = epoch / N;
             let word = self.ring[index].load(Ordering::Acquire); // a release by `record` precedes it
             let end = to.min((group + 1) * N);
-            if epoch_of(word) == group {
+            if lanes.group_of(word) == group {
                 for slot in epoch..end {
-                    let count = Lanes::<N>::count_in(word, slot);
+                    let count = lanes.count_in(word, slot);
                     if count > 0 && !visit(slot, count) {
                         return;
                     }
@@ -70,8 +71,9 @@ impl<const K: u64> SlidingWindow<K> {
 
     fn record_lane<const N: u64>(&self, epoch: u64, count: u32) {
         let slot = &self.ring[(epoch / N % (K / N + 1)) as usize];
+        let lanes = Lanes::<N>::of(self.window_ms);
         let mut word = slot.load(Ordering::Relaxed); // what it leads to is checked by the swap
-        while let Some(raised) = Lanes::<N>::record(word, epoch, count) {
+        while let Some(raised) = lanes.record(word, epoch, count) {
             match slot.compare_exchange_weak(word, raised, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(found) => word = found,
