@@ -17,6 +17,7 @@ use super::protocol::{Answer, Batch, BatchAnswer, FieldId, Hello, OnLoss};
 use super::windows::Windows;
 use crate::gate::reservation::Reservation;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,6 +48,8 @@ const SHARE_LOOK_NS: u64 = 200 * MS;
 const BATCH: usize = 256;
 /// Windows looked at in one go: some 400 µs, for which requests cannot say what they want.
 const DUE_AT_ONCE: usize = 1_024;
+/// Windows that meet a new identity of the store in one go. They are looked at less closely than those above.
+const MET_AT_ONCE: usize = 1_024;
 /// Batches under way: many small ones where windows are few and the store is far.
 const BATCHES: usize = 64;
 /// Calls under way.
@@ -82,10 +85,14 @@ pub struct Coordinator {
     under_way: usize,
     next_flight: u64,
     windows_made: u32,
-    /// Windows that the current identity has not been told of.
+    /// Windows that may not have met the current identity.
+    unmet: Range<u32>,
+    /// Windows that have met the current identity and that it has not been told of.
     untold: usize,
     link: Link,
     loss: Loss,
+    /// The gate ends: it says so once the store knows all that it spent.
+    leaving: bool,
     /// The store has heard that the gate leaves.
     said_goodbye: bool,
     counts: Counts,
@@ -143,7 +150,9 @@ impl Coordinator {
             under_way: 0,
             next_flight: 0,
             windows_made: 0,
+            unmet: 0..0,
             untold: 0,
+            leaving: false,
             said_goodbye: false,
             counts: Counts::default(),
         }
@@ -194,6 +203,7 @@ impl Coordinator {
 
     /// More is wanted. `false`: the window is not known (any more); open it.
     pub fn want(&mut self, slot: u32, reservation: &Arc<Reservation>, now_ns: u64) -> bool {
+        self.meet(slot);
         let Some(ledger) = self.windows.get_mut(slot) else {
             return false;
         };
@@ -219,11 +229,13 @@ impl Coordinator {
 
     /// What is to be done at this time though nothing came in. Where that is much, a part of it; the rest is due still.
     pub fn tick(&mut self, now_ns: u64) {
+        self.meet_more(now_ns);
         let keep_ms = self.keep_ms();
         for _ in 0..DUE_AT_ONCE {
             let Some(slot) = self.windows.pop_due(now_ns) else {
                 break;
             };
+            self.meet(slot);
             let Some(ledger) = self.windows.get_mut(slot) else {
                 continue;
             };
@@ -264,7 +276,11 @@ impl Coordinator {
 
     /// When [`Coordinator::tick`] and [`Coordinator::next_batch`] have something to do next.
     pub fn next_due_ns(&self) -> u64 {
-        let due = self.windows.next_due_ns();
+        let due = if self.have_all_met() {
+            self.windows.next_due_ns()
+        } else {
+            0
+        };
         if self.may_say_hello() {
             due.min(self.link.hello_due_ns())
         } else {
@@ -288,6 +304,7 @@ impl Coordinator {
             let Some(slot) = self.windows.pop_queued() else {
                 break;
             };
+            self.meet(slot);
             let Some(ledger) = self.windows.get(slot) else {
                 continue;
             };
@@ -332,7 +349,10 @@ impl Coordinator {
         if let Some(identity) = &identity
             && self.members.met(identity, flight.sent_ns, now_ns)
         {
-            self.tell_all(now_ns);
+            self.counts.identities += 1;
+            (self.unmet, self.untold) = (self.windows.slots(), 0);
+            self.link.hello_at_once(now_ns);
+            self.meet_more(now_ns);
         }
         let is_current = identity.is_some() && identity.as_ref() == self.members.current();
         if is_current
@@ -354,10 +374,7 @@ impl Coordinator {
             };
             self.take_in(*slot, *sequence, answer, now_ns);
         }
-        if self.untold == 0 && self.members.current().is_some() && !self.members.is_refilled() {
-            self.members.set_refilled();
-            self.link.hello_at_once(now_ns);
-        }
+        self.note_refilled(now_ns);
         let counts = |window_ms| is_current && self.members.grants_count(window_ms, now_ns);
         let all_count = self.loss.note(now_ns, counts);
         if !all_count && self.members.current().is_some() && !self.link.is_down() {
@@ -372,19 +389,20 @@ impl Coordinator {
 
     /// Whether the gate has left and nothing is left to be told.
     pub fn has_left(&self) -> bool {
-        self.members.left && self.windows.none_queued() && (self.said_goodbye || self.link.is_down())
+        self.leaving && self.have_all_met() && self.windows.none_queued() && (self.said_goodbye || self.link.is_down())
     }
 
     /// The gate ends in good order: reports what is held everywhere, and says so last. To be called until
     /// [`Coordinator::unacked`] is 0 and nothing is left to send.
     pub fn leave(&mut self, now_ns: u64) {
         for slot in self.windows.slots() {
+            self.meet(slot);
             if let Some(ledger) = self.windows.get_mut(slot) {
                 ledger.give_up();
             }
             self.windows.enqueue(slot);
         }
-        self.members.left = true;
+        self.leaving = true;
         self.link.hello_at_once(now_ns);
     }
 
@@ -403,10 +421,13 @@ impl Coordinator {
         if whole_list {
             self.link.list_goes(now_ns);
         }
+        // The others take one that left for one that has told everything.
+        self.members.left = self.leaving && self.members.is_refilled();
         Some(self.members.hello(now_ns, whole_list))
     }
 
     fn take_in(&mut self, slot: u32, sequence: u64, answer: Option<Answer>, now_ns: u64) {
+        self.meet(slot);
         let Some(ledger) = self.windows.get(slot) else {
             return;
         };
@@ -437,24 +458,48 @@ impl Coordinator {
         }
     }
 
-    /// Under a new identity everything is told again.
-    fn tell_all(&mut self, now_ns: u64) {
-        self.counts.identities += 1;
-        self.untold = 0;
-        let generation = self.members.generation();
-        for slot in self.windows.slots() {
-            let Some(ledger) = self.windows.get_mut(slot) else {
-                continue;
-            };
-            ledger.believe_none();
-            if ledger.has_something_to_tell() {
-                self.untold += 1;
-                self.windows.enqueue(slot);
-            } else {
-                ledger.generation = generation;
-            }
+    /// Under a new identity every window is told again. Where there are many, a part of them now, the rest at the next ticks;
+    /// until then each that is touched meets it first, and no grant counts.
+    fn meet_more(&mut self, now_ns: u64) {
+        if self.have_all_met() {
+            return;
         }
-        self.link.hello_at_once(now_ns);
+        for _ in 0..MET_AT_ONCE {
+            let Some(slot) = self.unmet.next() else { break };
+            self.meet(slot);
+        }
+        self.note_refilled(now_ns);
+    }
+
+    fn have_all_met(&self) -> bool {
+        self.unmet.is_empty()
+    }
+
+    /// The window is told to the current identity, unless it was, or that is under way.
+    fn meet(&mut self, slot: u32) {
+        let generation = self.members.generation();
+        let Some(ledger) = self.windows.get_mut(slot) else {
+            return;
+        };
+        if ledger.met == generation {
+            return;
+        }
+        ledger.met = generation;
+        ledger.believe_none();
+        if ledger.has_something_to_tell() {
+            self.untold += 1;
+            self.windows.enqueue(slot);
+        } else {
+            ledger.generation = generation;
+        }
+    }
+
+    fn note_refilled(&mut self, now_ns: u64) {
+        let is_told = self.have_all_met() && self.untold == 0;
+        if is_told && self.members.current().is_some() && !self.members.is_refilled() {
+            self.members.set_refilled();
+            self.link.hello_at_once(now_ns);
+        }
     }
 
     /// The store is lost: what the policy says.

@@ -16,6 +16,8 @@ pub(super) struct Ledger {
     pub reservation: Arc<Reservation>,
     /// The identity of the store, by number, that knows all of it.
     pub generation: u64,
+    /// The latest identity that it has met: no answer of an earlier one counts any more.
+    pub met: u64,
     /// Somebody wants more.
     pub wanted: bool,
     /// Somebody wanted more while a call was under way already.
@@ -124,6 +126,7 @@ impl Ledger {
             window_ms,
             id,
             generation: now.generation,
+            met: now.generation,
             wanted: false,
             crowded: false,
             queued: false,

@@ -5,6 +5,7 @@
 
 #[path = "../gate_support/mod.rs"]
 mod gate_support;
+mod many;
 mod plan;
 #[path = "../cluster/sharing_gate.rs"]
 mod sharing_gate;
