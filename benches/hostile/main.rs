@@ -108,8 +108,8 @@ fn slow_clients(report: &mut String, connections: usize) {
     let attacks = (connections * ROUNDS) as f64;
     let _ = write!(
         report,
-        "\n## {connections} slow connections, {ROUNDS} times\n\nFrom {} addresses, all open at once after {} s; \
-         each sends, or takes, one byte every 5 s. \"Over\" is the time from the end of what its rule allows (head: 10 s; body: 20 s at \
+        "\n## {connections} slow connections, {ROUNDS} times\n\nFrom {} addresses, all open at once after {} s, in \
+         which they come at even distances; each sends, or takes, one byte every 5 s. \"Over\" is the time from the end of what its rule allows (head: 10 s; body: 20 s at \
          500 bytes a second; response: 60 s at the same rate) to the moment it saw its connection end.\n\n\
          | kind | connections | gone | over, median | over, longest |\n|---|---|---|---|---|\n",
         attack::ADDRESSES,

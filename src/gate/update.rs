@@ -413,5 +413,5 @@ struct Changed {
 }
 
 /// A tenth of a millisecond's work: whoever waits for the processor goes first then.
-const EXPORTED_AT_ONCE: SlotId = 128;
+const EXPORTED_AT_ONCE: SlotId = 64;
 const EXPORT_PAUSE: Duration = Duration::from_micros(50);

@@ -269,7 +269,7 @@ impl SnapshotReader for Snapshot {
         // a million keys a matter of a second.
         let (lines, last): (Option<String>, Option<i64>) = sqlx::query_as(
             "SELECT group_concat(line, char(10)), max(revision)
-             FROM (SELECT revision, line FROM feed_lines WHERE revision > ? ORDER BY revision LIMIT 250)",
+             FROM (SELECT revision, line FROM feed_lines WHERE revision > ? ORDER BY revision LIMIT 100)",
         )
         .bind(self.read_through)
         .fetch_one(&mut *self.tx)
