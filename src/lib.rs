@@ -8,7 +8,7 @@
 //! | [`app`] | the composition root: configuration → running services |
 //! | [`proxy`], [`feed`], [`meter`], [`cluster`], [`control`], [`config`], [`telemetry`] | the parts, each with its own `Settings` |
 //! | [`gate`] | the decision: synchronous, no I/O, no allocation, knows no HTTP server |
-//! | [`clock`], `courtesy`, [`wire`], [`tls`] | time as a value; long work that gives way to requests; what gates and control plane say to each other; certificates from files |
+//! | [`clock`], `courtesy`, `huge_pages`, [`wire`], [`tls`] | time as a value; long work that gives way to requests; memory for tables; what gates and control plane say to each other; certificates from files |
 //!
 //! Chapters of the manual: [`architecture`] is how it fits together, [`limits`] what a limit promises, [`embedding`] for
 //! services that want the gate alone, [`control_plane`] (SQLite or PostgreSQL, replicas, backup), [`running_many_gates`], [`operations`], [`metrics`],
@@ -30,6 +30,7 @@ mod courtesy;
 pub mod embedding {}
 pub mod feed;
 pub mod gate;
+mod huge_pages;
 #[doc = include_str!("manual/limits.md")]
 pub mod limits {}
 pub mod meter;

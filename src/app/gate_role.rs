@@ -65,6 +65,7 @@ pub struct GateRole {
 impl GateParts {
     /// Builds all that needs no file that another process may still write.
     pub fn prepare(config: &Config, bound: Bound, clock: &Clock, sockets: &mut Sockets<'_>) -> Result<Self, AppError> {
+        crate::huge_pages::for_tables_only();
         let Some(gate_config) = &config.gate else {
             return Err(AppError::internal("no gate is configured"));
         };

@@ -14,6 +14,7 @@ use super::plain::read_key;
 use super::record::{Change, is_usable};
 use crate::courtesy::Courtesy;
 use crate::gate::{KeyError, KeyUpdate, Resync};
+use crate::huge_pages::TableBeingFilled;
 
 /// The lines of one connection, applied as they come.
 pub struct Applier<'s> {
@@ -178,6 +179,7 @@ struct Staging<'g> {
     bytes: u64,
     checksum: Xxh3,
     courtesy: Courtesy,
+    _filling: TableBeingFilled,
 }
 
 impl<'s> Applier<'s> {
@@ -261,6 +263,7 @@ impl<'s> Applier<'s> {
             .store(self.progress.now_ms() + allowed_ms, Ordering::Relaxed);
         // A garbled count must not reserve memory for keys that never come.
         let reserve = keys.min(RESERVE_AT_MOST_KEYS) as usize;
+        let filling = TableBeingFilled::new();
         let resync = self.shared.gate.resync(reserve).map_err(FeedError::Gate)?;
         self.state = State::Snapshot(Box::new(Staging {
             resync,
@@ -272,6 +275,7 @@ impl<'s> Applier<'s> {
             bytes: 0,
             checksum: Xxh3::new(),
             courtesy: Courtesy::every(KEYS_AT_ONCE),
+            _filling: filling,
         }));
         Ok(())
     }

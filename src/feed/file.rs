@@ -15,6 +15,7 @@ use std::time::Duration;
 use super::parse::{MAX_LINE_BYTES, parse_key_file_line};
 use super::{LoadOutcome, Shared};
 use crate::gate::KeyError;
+use crate::huge_pages::TableBeingFilled;
 
 /// A file of key lines. Blank lines and lines that start with `#` are passed over.
 pub struct KeyFile {
@@ -192,6 +193,7 @@ impl Reading {
         let revision = shared.gate.revision().unwrap_or(0) + 1;
         let mut lines = Lines::of(file);
         let expected = lines.expected(before.bytes)?.min(self.max_keys);
+        let _filling = TableBeingFilled::new();
         let mut resync = shared.gate.resync(expected as usize)?;
         let mut keys = 0;
         while let Some((number, line)) = lines.next_key()? {

@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::feed::record::{Change, decode_key, encode_key, is_usable};
 use crate::gate::{Gate, KeyError, KeyUpdate};
+use crate::huge_pages::TableBeingFilled;
 
 /// Where changes are appended.
 pub struct Log {
@@ -60,6 +61,7 @@ pub fn read(file: File, key: &MacKey, gate: &Gate) -> Result<Loaded, ReadError> 
         return Err(ReadError::Unusable("it is cut off"));
     };
 
+    let _filling = TableBeingFilled::new();
     let mut resync = gate.resync(header.keys.min(header.keys_bytes / MIN_KEY_BYTES) as usize)?;
     let mut sealing = Sealing::new(key);
     let (mut keys, mut unusable) = (0_u64, 0_u64);
