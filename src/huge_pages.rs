@@ -4,7 +4,7 @@
 //! memory. Tables of keys are filled at once and read at random: a decision among a million cold keys takes 0.67 µs with
 //! huge pages and 0.89 without. Anything else pays more for them than it gains, because whoever touches one first waits
 //! until 2 MiB are zeroed, and with it all requests of that thread: 10,000 slow connections trebled the p99 of everybody
-//! else by that alone (`benches/results/hostile_slow.md`).
+//! else by that alone, which `cargo bench --bench hostile` would show again.
 //!
 //! The flag is one of the whole process, so it is only touched in one that said [`for_tables_only`]: not where the gate is
 //! a library in somebody else's.
@@ -56,5 +56,29 @@ fn set(huge: bool) {
     #[cfg(target_os = "linux")]
     if let Err(error) = rustix::thread::disable_transparent_huge_pages(!huge) {
         log::debug!("huge pages are left as they are: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::thread::transparent_huge_pages_are_disabled;
+
+    /// One test for all, as there is one flag.
+    #[test]
+    fn huge_pages_are_had_while_a_table_is_being_filled() {
+        let are_had = || !transparent_huge_pages_are_disabled().unwrap();
+        let before = are_had();
+        drop(TableBeingFilled::new());
+        assert_eq!(are_had(), before, "nobody has said that the flag is ours");
+        for_tables_only();
+        assert!(!are_had());
+        let (one, other) = (TableBeingFilled::new(), TableBeingFilled::new());
+        assert!(are_had());
+        for_tables_only();
+        drop(one);
+        assert!(are_had(), "another one is still being filled");
+        drop(other);
+        assert!(!are_had());
     }
 }
