@@ -70,31 +70,31 @@ pub struct Ack {
 }
 
 /// `POST /feed/v1/usage`: what a gate has counted since its last batch. Applied once per (gate, run, sequence),
-/// however often it is sent and in whatever order.
+/// however often it is sent and in whatever order. `T` is the text in it: what is written may be borrowed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UsageBatch {
-    pub gate: String,
+pub struct UsageBatch<T = String> {
+    pub gate: T,
     /// A random number that names this life of the gate's counter: after a crash that lost its last
     /// sequence number a gate starts a new run at sequence 1, and is never mistaken for a repetition.
-    pub run: String,
+    pub run: T,
     pub sequence: u64,
     /// Permits given.
-    #[serde(default)]
-    pub permits: Vec<PermitCount>,
+    #[serde(default = "Vec::new")]
+    pub permits: Vec<PermitCount<T>>,
     /// Refusals, by code. Counted apart: a refused request is never billed.
-    #[serde(default)]
-    pub refusals: Vec<RefusalCount>,
+    #[serde(default = "Vec::new")]
+    pub refusals: Vec<RefusalCount<T>>,
     /// When each secret was last used.
-    #[serde(default)]
-    pub last_used: Vec<LastUsed>,
+    #[serde(default = "Vec::new")]
+    pub last_used: Vec<LastUsed<T>>,
 }
 
 /// Permits of one key in one tier in one minute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PermitCount {
-    pub key: String,
-    pub tier: String,
-    pub environment: String,
+pub struct PermitCount<T = String> {
+    pub key: T,
+    pub tier: T,
+    pub environment: T,
     /// Minutes since the Unix epoch.
     pub minute: i64,
     pub count: u64,
@@ -102,22 +102,22 @@ pub struct PermitCount {
 
 /// Refusals of one code in one minute; `key` and `environment` are absent where no key was known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RefusalCount {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub environment: Option<String>,
-    pub tier: String,
-    pub code: String,
+pub struct RefusalCount<T = String> {
+    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
+    pub key: Option<T>,
+    #[serde(default = "Option::default", skip_serializing_if = "Option::is_none")]
+    pub environment: Option<T>,
+    pub tier: T,
+    pub code: T,
     pub minute: i64,
     pub count: u64,
 }
 
 /// The last use of one secret of a key, named by the first 16 hex digits of its digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LastUsed {
-    pub key: String,
-    pub secret: String,
+pub struct LastUsed<T = String> {
+    pub key: T,
+    pub secret: T,
     /// Milliseconds since the Unix epoch.
     pub at_ms: i64,
 }

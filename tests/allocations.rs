@@ -381,6 +381,32 @@ fn no_decision_allocates_on_threads_that_share_keys() {
     });
 }
 
+/// What the meter does for every key that was used in the last second.
+#[test]
+fn what_was_counted_is_drained_without_allocations() {
+    let (gate, clock) = (fixture(), Clock::manual(START_MS));
+    for n in [1, 6, 9] {
+        for path in ["/things/1", "/narrow", "/narrow"] {
+            drop(ask(&gate, path, &with_secret(n), CLIENT, clock.now()));
+        }
+    }
+    let (mut permits, mut limited, mut secrets) = (0, 0, 0);
+    let (_, calls) = calls_in(|| {
+        gate.drain_permits(
+            &mut |used| {
+                permits += used.permits;
+                limited += used.limited;
+            },
+            &mut |_| secrets += 1,
+        )
+    });
+    assert_eq!((permits, limited, secrets, calls), (6, 3, 3, 0));
+    let mut windows = 0;
+    let (_, calls) = calls_in(|| gate.drain_windows(clock.now(), &mut |_| windows += 1));
+    // Room for the counts of one window, and to give it back.
+    assert_eq!((windows, calls), (6, 2));
+}
+
 /// A gate that shares its limits decides from what is reserved: no allocation, and nobody is called. What a permit or a
 /// refusal says of more being wanted is an `Arc` that was there.
 #[test]

@@ -52,9 +52,9 @@ fn ask_steadily(gate: &Gate, clock: &Clock, passed: &AtomicU64, stop: &AtomicBoo
 }
 
 /// Permits of every key that the meter was told of.
-fn drained(gate: &Gate, sums: &mut HashMap<Box<str>, u64>) {
+fn drained(gate: &Gate, sums: &mut HashMap<String, u64>) {
     gate.drain_permits(
-        &mut |used| *sums.entry(used.key_id).or_default() += used.permits,
+        &mut |used| *sums.entry(used.key_id.to_string()).or_default() += used.permits,
         &mut |_| (),
     );
 }

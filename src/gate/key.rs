@@ -6,6 +6,7 @@
 
 use sha2::block_api::compress256;
 use sha2::{Digest as _, Sha256};
+use std::cmp::Ordering;
 use std::fmt;
 
 /// Random characters of a key.
@@ -259,6 +260,27 @@ impl PartialEq for KeyId {
 }
 
 impl Eq for KeyId {}
+
+/// By length and then as text, which for ids of one form is as text, and costs three comparisons of numbers.
+impl Ord for KeyId {
+    fn cmp(&self, other: &Self) -> Ordering {
+        match (self, other) {
+            (KeyId::Short(one), KeyId::Short(other)) => {
+                one.0.map(u64::from_be_bytes).cmp(&other.0.map(u64::from_be_bytes))
+            }
+            _ => {
+                let (one, other) = (self.as_str(), other.as_str());
+                (one.len(), one).cmp(&(other.len(), other))
+            }
+        }
+    }
+}
+
+impl PartialOrd for KeyId {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 #[cfg(test)]
 mod tests {

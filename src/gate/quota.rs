@@ -19,7 +19,7 @@
 
 use super::limit::Limit;
 use super::reservation::{Reservation, Spend};
-use super::scope::NameId;
+use super::scope::{NameId, NameSet};
 use super::window::{Refused, Taken, Window, WindowCounts};
 use arc_swap::ArcSwapOption;
 use std::sync::Arc;
@@ -325,13 +325,14 @@ impl KeyWindows {
         drained
     }
 
-    /// The counts of every tier's newest window.
-    pub fn export(&self, now_ns: u64, mut each: impl FnMut(NameId, u64, WindowCounts)) {
-        let mut seen: Vec<NameId> = vec![];
+    /// The counts of every tier's newest window, each in `counts`, which is used again.
+    pub fn export(&self, now_ns: u64, counts: &mut WindowCounts, mut each: impl FnMut(NameId, u64, &WindowCounts)) {
+        let mut seen = NameSet::default();
         self.for_each(|tier, own| {
-            if !seen.contains(&tier) {
-                seen.push(tier);
-                each(tier, own.window.window_ms(), own.window.export(now_ns));
+            if !seen.contains(tier) {
+                seen.insert(tier);
+                own.window.export_into(now_ns, counts);
+                each(tier, own.window.window_ms(), counts);
             }
         });
     }

@@ -5,7 +5,7 @@
 //! a key loaded under one configuration is still read rightly under the next.
 
 use std::collections::HashMap;
-use std::sync::RwLock;
+use std::sync::{Arc, RwLock};
 
 /// The number of a name within its [`Names`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,8 +23,8 @@ pub struct Names(RwLock<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
-    ids: HashMap<Box<str>, NameId>,
-    names: Vec<Box<str>>,
+    ids: HashMap<Arc<str>, NameId>,
+    names: Vec<Arc<str>>,
 }
 
 /// More distinct names of one kind than a process can number: 65,535.
@@ -49,8 +49,9 @@ impl Names {
             .filter(|n| *n < u16::MAX)
             .map(NameId)
             .ok_or(TooManyNames)?;
-        table.names.push(name.into());
-        table.ids.insert(name.into(), id);
+        let name = Arc::<str>::from(name);
+        table.names.push(name.clone());
+        table.ids.insert(name, id);
         Ok(id)
     }
 
@@ -65,7 +66,7 @@ impl Names {
     }
 
     /// The name behind a number that this table gave.
-    pub fn name(&self, id: NameId) -> Box<str> {
+    pub fn name(&self, id: NameId) -> Arc<str> {
         let table = self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         table.names.get(id.index()).cloned().unwrap_or_default()
     }
@@ -96,7 +97,7 @@ impl NameSet {
         self.first
     }
 
-    fn insert(&mut self, id: NameId) {
+    pub(super) fn insert(&mut self, id: NameId) {
         let (word, bit) = (id.index() / 64, id.index() % 64);
         if word == 0 {
             self.first |= 1 << bit;

@@ -329,11 +329,10 @@ fn every_permit_is_drained_once_even_of_keys_that_are_gone() {
     fixture.gate.forget("key_2", 11).unwrap();
     let drain = || {
         let (mut uses, mut secrets) = (vec![], vec![]);
-        fixture
-            .gate
-            .drain_permits(&mut |u| uses.push((u.key_id, u.tier, u.permits, u.limited)), &mut |s| {
-                secrets.push(s)
-            });
+        fixture.gate.drain_permits(
+            &mut |u| uses.push((u.key_id.to_string(), u.tier, u.permits, u.limited)),
+            &mut |s| secrets.push(s),
+        );
         uses.sort();
         (uses, secrets.len())
     };
@@ -359,18 +358,16 @@ fn journalled_windows_come_back_before_their_key_does() {
         [Ok(()), Ok(())]
     );
     let mut states = vec![];
-    first
-        .gate
-        .drain_windows(first.clock.now(), &mut |state| states.push(state));
+    first.gate.drain_windows(first.clock.now(), &mut |state| {
+        states.push((state.key_id.to_owned(), state.tier.to_owned(), state.counts.clone()))
+    });
     assert_eq!(states.len(), 1);
     let second = Fixture {
         gate: Gate::new(settings()).unwrap(),
         clock: first.clock.clone(),
     };
-    for state in &states {
-        second
-            .gate
-            .restore_window(&state.key_id, &state.tier, &state.counts, second.clock.now());
+    for (key_id, tier, counts) in &states {
+        second.gate.restore_window(key_id, tier, counts, second.clock.now());
     }
     second.resync([key(1, 1)], 1).unwrap();
     assert_eq!(second.ask("/things", &secret(1)).unwrap().rate().unwrap().remaining, 0);

@@ -3,6 +3,7 @@
 //! The decision marks a key in a bitmap when its count leaves zero, so draining costs only what was active.
 
 use super::Gate;
+use super::key::KeyId;
 use super::quota::KeyWindows;
 use super::slots::{Mark, Slot, SlotId};
 use super::verdict::{REASON_CODES, Reason};
@@ -19,11 +20,11 @@ use std::sync::atomic::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PermitUse {
     /// The key.
-    pub key_id: Box<str>,
+    pub key_id: KeyId,
     /// The tier.
-    pub tier: Box<str>,
+    pub tier: Arc<str>,
     /// The key's environment.
-    pub environment: Box<str>,
+    pub environment: Arc<str>,
     /// Permits given.
     pub permits: u64,
     /// Requests refused for the tier's limit.
@@ -34,7 +35,7 @@ pub struct PermitUse {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecretUse {
     /// The key.
-    pub key_id: Box<str>,
+    pub key_id: KeyId,
     /// The first eight bytes of the secret's digest.
     pub digest_prefix: [u8; 8],
     /// Unix time in seconds.
@@ -51,16 +52,16 @@ pub struct RefusalUse {
 }
 
 /// The counts of one window, for the journal.
-#[derive(Clone, Debug)]
-pub struct WindowState {
+#[derive(Clone, Copy, Debug)]
+pub struct WindowState<'a> {
     /// The key.
-    pub key_id: Box<str>,
+    pub key_id: &'a str,
     /// The tier.
-    pub tier: Box<str>,
+    pub tier: &'a str,
     /// The window's length.
     pub window_ms: u64,
     /// What it has counted, in times of [`Now::elapsed_ns`].
-    pub counts: WindowCounts,
+    pub counts: &'a WindowCounts,
 }
 
 /// Refusals by code. Relaxed: they guard nothing.
@@ -79,7 +80,7 @@ pub(super) struct Leftovers {
     permits: Vec<PermitUse>,
     secrets: Vec<SecretUse>,
     /// Windows that a request may still be counting in.
-    leaving: Vec<(Box<str>, Box<str>, Arc<KeyWindows>)>,
+    leaving: Vec<(KeyId, Arc<str>, Arc<KeyWindows>)>,
 }
 
 impl Gate {
@@ -89,10 +90,11 @@ impl Gate {
         // Slots are not given back meanwhile.
         let reclaiming = self.reclaiming();
         self.slots.drain(Mark::Permits, |owner, slot| {
-            let Some(windows) = slot.windows.load_full() else {
+            let windows = slot.windows.load();
+            let Some(windows) = &*windows else {
                 return;
             };
-            self.drain_key(owner, slot, &windows, each, each_secret);
+            self.drain_key(owner, slot, windows, each, each_secret);
             // The journal's mark was made when the count left zero, and may have been taken since.
             self.slots.mark(owner, Mark::Windows);
         });
@@ -122,17 +124,19 @@ impl Gate {
     }
 
     /// The windows that changed since the last call.
-    pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState)) {
+    pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState<'_>)) {
         let _reclaiming = self.reclaiming();
+        let mut counts = WindowCounts::default();
         self.slots.drain(Mark::Windows, |owner, slot| {
-            let Some(windows) = slot.windows.load_full() else {
+            let windows = slot.windows.load();
+            let Some(windows) = &*windows else {
                 return;
             };
             let key_id = self.slots.key_id(owner);
-            windows.export(now.elapsed_ns, |tier, window_ms, counts| {
+            windows.export(now.elapsed_ns, &mut counts, |tier, window_ms, counts| {
                 each(WindowState {
-                    key_id: key_id.as_str().into(),
-                    tier: self.names.tiers.name(tier),
+                    key_id: key_id.as_str(),
+                    tier: &self.names.tiers.name(tier),
                     window_ms,
                     counts,
                 });
@@ -217,9 +221,7 @@ impl Gate {
         }
         let environment = self.environment_of(slot);
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
-        leftovers
-            .leaving
-            .push((self.slots.key_id(owner).as_str().into(), environment, windows));
+        leftovers.leaving.push((self.slots.key_id(owner), environment, windows));
     }
 
     fn drain_key(
@@ -232,14 +234,14 @@ impl Gate {
     ) {
         let key_id = self.slots.key_id(owner);
         let environment = self.environment_of(slot);
-        self.drain_windows_of(key_id.as_str(), &environment, windows, each);
+        self.drain_windows_of(&key_id, &environment, windows, each);
         for (_, secret) in self.secret_slots(owner) {
             let at_s = secret.last_used_s.load(Relaxed);
             if at_s != 0 && secret.holds_secret() {
                 let digest = secret.digest().0;
                 let digest_prefix = digest.first_chunk().copied().unwrap_or_default();
                 each_secret(SecretUse {
-                    key_id: key_id.as_str().into(),
+                    key_id: key_id.clone(),
                     digest_prefix,
                     at_s,
                 });
@@ -247,21 +249,27 @@ impl Gate {
         }
     }
 
-    fn drain_windows_of(&self, key_id: &str, environment: &str, windows: &KeyWindows, each: &mut dyn FnMut(PermitUse)) {
+    fn drain_windows_of(
+        &self,
+        key_id: &KeyId,
+        environment: &Arc<str>,
+        windows: &KeyWindows,
+        each: &mut dyn FnMut(PermitUse),
+    ) {
         windows.drain(|tier, permits, limited| {
             each(PermitUse {
-                key_id: key_id.into(),
+                key_id: key_id.clone(),
                 tier: self.names.tiers.name(tier),
-                environment: environment.into(),
+                environment: environment.clone(),
                 permits,
                 limited,
             });
         });
     }
 
-    fn environment_of(&self, slot: &Slot) -> Box<str> {
+    fn environment_of(&self, slot: &Slot) -> Arc<str> {
         let in_force = self.in_force.load();
-        let terms = in_force.facts.terms.get(slot.terms());
-        terms.map_or_else(Box::default, |terms| terms.environment().into())
+        let brief = in_force.facts.terms.brief(slot.terms());
+        self.names.environments.name(brief.environment_id)
     }
 }

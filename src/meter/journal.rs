@@ -97,7 +97,7 @@ impl Journal {
                 .counts
                 .iter()
                 .map(|(last_ns, count)| (clock.unix_ns(last_ns), count));
-            encode(&window.key_id, &window.tier, window.window_ms, counts, &mut changed);
+            encode(window.key_id, window.tier, window.window_ms, counts, &mut changed);
         });
         if changed.is_empty() {
             return Ok(());
@@ -220,6 +220,7 @@ fn is_still_at(file: &File, path: &Path) -> bool {
 struct Reader {
     reader: BufReader<File>,
     record: Vec<u8>,
+    counts: Vec<(i64, u32)>,
     /// Where the next record begins.
     offset: u64,
     courtesy: Courtesy,
@@ -233,6 +234,7 @@ impl Reader {
         Ok(Reader {
             reader: BufReader::with_capacity(1 << 20, File::open(path)?),
             record: Vec::new(),
+            counts: Vec::new(),
             offset: 0,
             courtesy: Courtesy::every(RECORDS_AT_ONCE),
         })
@@ -270,7 +272,7 @@ impl Reader {
             return Err(Damage("damaged"));
         }
         let offset = self.offset;
-        let record = Record::decode(&self.record, offset).ok_or(Damage("damaged"))?;
+        let record = Record::decode(&self.record, offset, &mut self.counts).ok_or(Damage("damaged"))?;
         self.offset += self.record.len() as u64;
         Ok(Some(record))
     }
@@ -295,21 +297,26 @@ struct Record<'b> {
     key_id: &'b str,
     tier: &'b str,
     window_ms: u64,
-    counts: Vec<(i64, u32)>,
+    counts: &'b [(i64, u32)],
     offset: u64,
+    /// The bytes that say which window it is.
+    window: &'b [u8],
     whole: &'b [u8],
 }
 
 impl<'b> Record<'b> {
-    fn decode(whole: &'b [u8], offset: u64) -> Option<Self> {
-        let bytes = &mut whole.get(HEAD_BYTES..)?;
+    /// `counts` is where its counts are put.
+    fn decode(whole: &'b [u8], offset: u64, counts: &'b mut Vec<(i64, u32)>) -> Option<Self> {
+        let record = whole.get(HEAD_BYTES..)?;
+        let bytes = &mut &*record;
         let key_id = take_str(bytes)?;
         let tier = take_str(bytes)?;
+        let window = &record[..record.len() - bytes.len()];
         let window_ms = take_varint(bytes)?;
         let step_ns = step_ns(window_ms);
         let entries = take_varint(bytes)?;
         let mut unix_ns = unzigzag(take_varint(bytes)?);
-        let mut counts = Vec::with_capacity(entries.min(MAX_ENTRIES) as usize);
+        counts.clear();
         for _ in 0..entries {
             let steps = i64::try_from(take_varint(bytes)?).ok()?;
             let off_ns = unzigzag(take_varint(bytes)?);
@@ -322,17 +329,14 @@ impl<'b> Record<'b> {
             window_ms,
             counts,
             offset,
+            window,
             whole,
         })
     }
 
+    /// Both parts of what it is made of begin with their length, so no two windows have the same.
     fn name(&self) -> u128 {
-        let mut name = Vec::with_capacity(self.key_id.len() + self.tier.len() + 1);
-        name.extend_from_slice(self.key_id.as_bytes());
-        // Not in any string.
-        name.push(0xff);
-        name.extend_from_slice(self.tier.as_bytes());
-        xxh3_128(&name)
+        xxh3_128(self.window)
     }
 
     fn still_counts(&self, now: Now) -> bool {
@@ -463,7 +467,6 @@ const MAGIC: &[u8; 8] = b"TGJOURN\x01";
 const HEAD_BYTES: usize = 12;
 /// 61 sub-buckets take some 700 bytes with an id and a tier of ordinary length.
 const MAX_RECORD_BYTES: usize = 64 * 1024;
-const MAX_ENTRIES: u64 = 128;
 const MAX_WINDOW_MS: u64 = 30 * 24 * 3600 * 1_000;
 const A_SECOND_NS: i128 = 1_000_000_000;
 /// Records that are made or read between two offers of the processor.

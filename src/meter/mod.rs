@@ -113,7 +113,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Report {
-    refusals: BTreeMap<String, u64>,
+    refusals: BTreeMap<&'static str, u64>,
     post_error: Option<String>,
     disk_error: Option<String>,
     journal_bytes: u64,
@@ -218,7 +218,11 @@ impl Meter {
         let report = locked(&shared.report);
         MeterStatus {
             permits: shared.permits.load(Ordering::Relaxed),
-            refusals: report.refusals.clone(),
+            refusals: report
+                .refusals
+                .iter()
+                .map(|(code, count)| ((*code).to_owned(), *count))
+                .collect(),
             unsent_batches,
             unsent_bytes,
             sent_batches: shared.sent_batches.load(Ordering::Relaxed),

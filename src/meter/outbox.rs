@@ -21,6 +21,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::usage::Tally;
 use crate::clock::Now;
+use crate::courtesy::Courtesy;
 use crate::wire::UsageBatch;
 
 /// Batches that wait for the control plane.
@@ -139,10 +140,9 @@ impl Outbox {
         }
         let mut tally = Tally::default();
         for name in &mergeable {
-            for batch in self.batches_of(name)? {
-                tally.add(batch);
-            }
+            self.batches_of(name)?.into_iter().for_each(|batch| tally.add(batch));
         }
+        tally.sum_up();
         let this_hour = now.unix_ms.div_euclid(3_600_000) * 60;
         let sent_bytes: u64 = self.files.iter().filter(|file| file.sent).map(|file| file.bytes).sum();
         let room = self.cap_bytes.saturating_sub(sent_bytes);
@@ -202,20 +202,26 @@ impl Outbox {
     }
 
     fn write(&mut self, tally: &Tally, replaces: Vec<String>, now: Now) -> io::Result<Waiting> {
-        let batches = tally.batches(&self.gate, &self.run, self.next_sequence, ENTRIES_IN_A_BATCH);
-        let mut bytes = serde_json::to_vec(&Header {
+        let mut bytes = Vec::with_capacity(estimated_bytes(tally) as usize);
+        let header = Header {
             tollgate_usage: VERSION,
             replaces,
-        })?;
+        };
+        serde_json::to_writer(&mut bytes, &header)?;
         bytes.push(b'\n');
         let mut left = VecDeque::new();
-        for batch in &batches {
-            let json = serde_json::to_vec(batch)?;
-            write!(bytes, "{:016x} ", xxh3_64(&json))?;
-            left.push_back((bytes.len(), json.len()));
-            bytes.extend_from_slice(&json);
+        let mut courtesy = Courtesy::every(1);
+        for batch in tally.batches(&self.gate, &self.run, self.next_sequence, ENTRIES_IN_A_BATCH) {
+            courtesy.step();
+            let offset = bytes.len() + CHECKSUM_DIGITS + 1;
+            bytes.resize(offset, b' ');
+            serde_json::to_writer(&mut bytes, &batch)?;
+            let checksum = xxh3_64(&bytes[offset..]);
+            write!(&mut bytes[offset - CHECKSUM_DIGITS - 1..], "{checksum:016x}")?;
+            left.push_back((offset, bytes.len() - offset));
             bytes.push(b'\n');
         }
+        let batches = left.len() as u64;
         let name = format!(
             "{:015}-{}-{:012}{SUFFIX}",
             now.unix_ms.max(0),
@@ -236,7 +242,7 @@ impl Outbox {
             File::open(&self.directory)?.sync_all()
         })();
         // Numbers are not used again even if this failed: the renaming may have taken place.
-        self.next_sequence += batches.len() as u64;
+        self.next_sequence += batches;
         if let Err(error) = written {
             let _ = fs::remove_file(&unfinished);
             // Whatever of it is there must not be sent beside the next try; it was not sent yet.

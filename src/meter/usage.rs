@@ -1,249 +1,267 @@
 //! What a batch is made of: sums by key, tier, environment and minute. Pure, but for draining the gate.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::courtesy::Courtesy;
 use crate::gate::Gate;
+use crate::gate::key::KeyId;
 use crate::wire::{LastUsed, PermitCount, RefusalCount, UsageBatch};
 
-/// Sums that belong into the ledger.
+/// Sums that belong into the ledger. Lists rather than maps: a drain names each key once, in a tier, and what is drained
+/// a second later goes into another file. [`Tally::sum_up`] makes one entry of several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    permits: HashMap<Use, u64>,
-    refusals: HashMap<Refused, u64>,
-    /// By key and secret.
-    last_used_ms: HashMap<(Box<str>, Box<str>), i64>,
+    permits: Vec<(Use, u64)>,
+    refusals: Vec<(Refused, u64)>,
+    /// Unix milliseconds.
+    last_used: Vec<(Secret, i64)>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// In the order of the ledger, so that what comes to it together lies together there.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Use {
-    key: Box<str>,
-    tier: Box<str>,
-    environment: Box<str>,
     minute: i64,
+    tier: Arc<str>,
+    environment: Arc<str>,
+    key: KeyId,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Refused {
-    key: Option<Box<str>>,
-    environment: Option<Box<str>>,
-    tier: Box<str>,
-    code: Box<str>,
     minute: i64,
+    code: Cow<'static, str>,
+    tier: Arc<str>,
+    environment: Option<Arc<str>>,
+    key: Option<KeyId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Secret {
+    key: KeyId,
+    /// Hex digits.
+    prefix: [u8; PREFIX_DIGITS],
 }
 
 /// What one drain brought, for metrics.
 #[derive(Debug, Default)]
 pub struct Drained {
     pub permits: u64,
-    pub refusals: BTreeMap<String, u64>,
+    pub refusals: BTreeMap<&'static str, u64>,
 }
 
 /// Takes the gate's counts since the last time into `tally`, under `minute` (since the Unix epoch).
 pub fn drain(gate: &Gate, minute: i64, tally: &mut Tally) -> Drained {
     let mut drained = Drained::default();
-    let mut last_used = Vec::new();
     let mut courtesy = Courtesy::every(KEYS_AT_ONCE);
+    let Tally {
+        permits,
+        refusals,
+        last_used,
+    } = tally;
     gate.drain_permits(
         &mut |used| {
             courtesy.step();
             if used.limited > 0 {
-                *drained.refusals.entry(RATE_LIMITED.to_owned()).or_default() += used.limited;
+                *drained.refusals.entry(RATE_LIMITED).or_default() += used.limited;
                 let refused = Refused {
-                    key: Some(used.key_id.clone()),
-                    environment: Some(used.environment.clone()),
-                    tier: used.tier.clone(),
-                    code: RATE_LIMITED.into(),
                     minute,
+                    code: RATE_LIMITED.into(),
+                    tier: used.tier.clone(),
+                    environment: Some(used.environment.clone()),
+                    key: Some(used.key_id.clone()),
                 };
-                *tally.refusals.entry(refused).or_default() += used.limited;
+                refusals.push((refused, used.limited));
             }
             if used.permits > 0 {
                 drained.permits += used.permits;
-                let key = Use {
-                    key: used.key_id,
+                let used_in = Use {
+                    minute,
                     tier: used.tier,
                     environment: used.environment,
-                    minute,
+                    key: used.key_id,
                 };
-                *tally.permits.entry(key).or_default() += used.permits;
+                permits.push((used_in, used.permits));
             }
         },
         &mut |secret| {
-            let prefix: String = secret.digest_prefix.iter().map(|byte| format!("{byte:02x}")).collect();
-            last_used.push(((secret.key_id, prefix.into_boxed_str()), i64::from(secret.at_s) * 1_000));
+            let used = Secret {
+                key: secret.key_id,
+                prefix: hex(secret.digest_prefix),
+            };
+            last_used.push((used, i64::from(secret.at_s) * 1_000));
         },
     );
-    for (secret, at_ms) in last_used {
-        tally.used(secret, at_ms);
-    }
     gate.drain_refusals(&mut |refused| {
-        *drained.refusals.entry(refused.code.to_owned()).or_default() += refused.count;
-        let key = Refused {
-            key: None,
-            environment: None,
-            tier: Box::default(),
-            code: refused.code.into(),
+        *drained.refusals.entry(refused.code).or_default() += refused.count;
+        let anybody = Refused {
             minute,
+            code: refused.code.into(),
+            tier: Arc::default(),
+            environment: None,
+            key: None,
         };
-        *tally.refusals.entry(key).or_default() += refused.count;
+        refusals.push((anybody, refused.count));
     });
+    tally.sum_up();
     drained
 }
 
 impl Tally {
     pub fn is_empty(&self) -> bool {
-        self.permits.is_empty() && self.refusals.is_empty() && self.last_used_ms.is_empty()
+        self.entries() == 0
     }
 
     /// How many lines of a ledger it makes.
     pub fn entries(&self) -> usize {
-        self.permits.len() + self.refusals.len() + self.last_used_ms.len()
+        self.permits.len() + self.refusals.len() + self.last_used.len()
     }
 
+    /// Empties it. It keeps room for the like of what it held.
     pub fn clear(&mut self) {
-        *self = Tally::default();
+        empty(&mut self.permits);
+        empty(&mut self.refusals);
+        empty(&mut self.last_used);
     }
 
-    /// Adds what a batch holds.
+    /// Adds what a batch holds. To be followed by [`Tally::sum_up`].
     pub fn add(&mut self, batch: UsageBatch) {
-        for PermitCount {
-            key,
-            tier,
-            environment,
-            minute,
-            count,
-        } in batch.permits
-        {
-            let key = Use {
-                key: key.into(),
-                tier: tier.into(),
-                environment: environment.into(),
-                minute,
+        self.permits.extend(batch.permits.into_iter().map(|permit| {
+            let used = Use {
+                minute: permit.minute,
+                tier: permit.tier.into(),
+                environment: permit.environment.into(),
+                key: permit.key.as_str().into(),
             };
-            *self.permits.entry(key).or_default() += count;
-        }
-        for RefusalCount {
-            key,
-            environment,
-            tier,
-            code,
-            minute,
-            count,
-        } in batch.refusals
-        {
-            let key = Refused {
-                key: key.map(Into::into),
-                environment: environment.map(Into::into),
-                tier: tier.into(),
-                code: code.into(),
-                minute,
+            (used, permit.count)
+        }));
+        self.refusals.extend(batch.refusals.into_iter().map(|refusal| {
+            let refused = Refused {
+                minute: refusal.minute,
+                code: refusal.code.into(),
+                tier: refusal.tier.into(),
+                environment: refusal.environment.map(Into::into),
+                key: refusal.key.as_deref().map(KeyId::from),
             };
-            *self.refusals.entry(key).or_default() += count;
-        }
-        for LastUsed { key, secret, at_ms } in batch.last_used {
-            self.used((key.into(), secret.into()), at_ms);
-        }
+            (refused, refusal.count)
+        }));
+        self.last_used.extend(batch.last_used.into_iter().filter_map(|used| {
+            let secret = Secret {
+                key: used.key.as_str().into(),
+                // Every version has written so many digits; other names are nobody's.
+                prefix: used.secret.as_bytes().try_into().ok()?,
+            };
+            Some((secret, used.at_ms))
+        }));
+    }
+
+    /// Makes one entry of all that are about the same, and puts them into a fixed order, so that the same tally gives the
+    /// same bytes.
+    pub fn sum_up(&mut self) {
+        sum_up(&mut self.permits, |sum, count| *sum += count);
+        sum_up(&mut self.refusals, |sum, count| *sum += count);
+        sum_up(&mut self.last_used, |latest, at_ms| *latest = at_ms.max(*latest));
     }
 
     /// Sums up what lies before minute `before` by spans of `span` minutes, each under its first minute.
     pub fn coarsen(&mut self, span: i64, before: i64) {
-        let coarse = |minute: i64| {
-            if minute < before {
-                minute - minute.rem_euclid(span)
-            } else {
-                minute
-            }
-        };
-        for (mut key, count) in std::mem::take(&mut self.permits) {
-            key.minute = coarse(key.minute);
-            *self.permits.entry(key).or_default() += count;
+        let permits = self.permits.iter_mut().map(|(used, _)| &mut used.minute);
+        let refusals = self.refusals.iter_mut().map(|(refused, _)| &mut refused.minute);
+        for minute in permits.chain(refusals).filter(|minute| **minute < before) {
+            *minute -= minute.rem_euclid(span);
         }
-        for (mut key, count) in std::mem::take(&mut self.refusals) {
-            key.minute = coarse(key.minute);
-            *self.refusals.entry(key).or_default() += count;
-        }
+        self.sum_up();
     }
 
-    /// The tally as batches of at most `entries` entries, numbered from `sequence`. In a fixed order, so that the same
-    /// tally gives the same bytes.
-    pub fn batches(&self, gate: &str, run: &str, sequence: u64, entries: usize) -> Vec<UsageBatch> {
-        let mut courtesy = Courtesy::every(ENTRIES_AT_ONCE);
-        let mut permits: Vec<PermitCount> = self
-            .permits
-            .iter()
-            .inspect(|_| courtesy.step())
-            .map(|(key, count)| PermitCount {
-                key: key.key.to_string(),
-                tier: key.tier.to_string(),
-                environment: key.environment.to_string(),
-                minute: key.minute,
-                count: *count,
-            })
-            .collect();
-        permits.sort_by(|a, b| {
-            (&a.key, &a.tier, &a.environment, a.minute).cmp(&(&b.key, &b.tier, &b.environment, b.minute))
-        });
-        let mut refusals: Vec<RefusalCount> = self
-            .refusals
-            .iter()
-            .map(|(key, count)| RefusalCount {
-                key: key.key.as_deref().map(str::to_owned),
-                environment: key.environment.as_deref().map(str::to_owned),
-                tier: key.tier.to_string(),
-                code: key.code.to_string(),
-                minute: key.minute,
-                count: *count,
-            })
-            .collect();
-        refusals.sort_by(|a, b| (&a.key, &a.tier, &a.code, a.minute).cmp(&(&b.key, &b.tier, &b.code, b.minute)));
-        let mut last_used: Vec<LastUsed> = self
-            .last_used_ms
-            .iter()
-            .inspect(|_| courtesy.step())
-            .map(|((key, secret), at_ms)| LastUsed {
-                key: key.to_string(),
-                secret: secret.to_string(),
-                at_ms: *at_ms,
-            })
-            .collect();
-        last_used.sort_by(|a, b| (&a.key, &a.secret).cmp(&(&b.key, &b.secret)));
-
-        let mut batches = Vec::new();
-        while !(permits.is_empty() && refusals.is_empty() && last_used.is_empty()) {
+    /// The tally as batches of at most `entries` entries, numbered from `sequence`.
+    pub fn batches<'t>(
+        &'t self,
+        gate: &'t str,
+        run: &'t str,
+        sequence: u64,
+        entries: usize,
+    ) -> impl Iterator<Item = UsageBatch<&'t str>> {
+        let (mut permits, mut refusals, mut last_used) = (&*self.permits, &*self.refusals, &*self.last_used);
+        (sequence..).map_while(move |sequence| {
             let mut room = entries.max(1);
-            batches.push(UsageBatch {
-                gate: gate.to_owned(),
-                run: run.to_owned(),
-                sequence: sequence + batches.len() as u64,
-                permits: take(&mut permits, &mut room),
-                refusals: take(&mut refusals, &mut room),
-                last_used: take(&mut last_used, &mut room),
-            });
-        }
-        batches
-    }
-
-    fn used(&mut self, secret: (Box<str>, Box<str>), at_ms: i64) {
-        let latest = self.last_used_ms.entry(secret).or_insert(at_ms);
-        *latest = at_ms.max(*latest);
+            let batch = UsageBatch {
+                gate,
+                run,
+                sequence,
+                permits: take(&mut permits, &mut room).map(permit).collect(),
+                refusals: take(&mut refusals, &mut room).map(refusal).collect(),
+                last_used: take(&mut last_used, &mut room).map(last_use).collect(),
+            };
+            (room < entries.max(1)).then_some(batch)
+        })
     }
 }
 
-/// Moves as many as there is room for out of `from`.
-fn take<T>(from: &mut Vec<T>, room: &mut usize) -> Vec<T> {
-    let count = from.len().min(*room);
-    *room -= count;
-    let rest = from.split_off(count);
-    std::mem::replace(from, rest)
+fn permit((used, count): &(Use, u64)) -> PermitCount<&str> {
+    PermitCount {
+        key: used.key.as_str(),
+        tier: &used.tier,
+        environment: &used.environment,
+        minute: used.minute,
+        count: *count,
+    }
+}
+
+fn refusal((refused, count): &(Refused, u64)) -> RefusalCount<&str> {
+    RefusalCount {
+        key: refused.key.as_ref().map(KeyId::as_str),
+        environment: refused.environment.as_deref(),
+        tier: &refused.tier,
+        code: &refused.code,
+        minute: refused.minute,
+        count: *count,
+    }
+}
+
+fn last_use((secret, at_ms): &(Secret, i64)) -> LastUsed<&str> {
+    LastUsed {
+        key: secret.key.as_str(),
+        secret: std::str::from_utf8(&secret.prefix).unwrap_or_default(),
+        at_ms: *at_ms,
+    }
+}
+
+fn sum_up<K: Ord, V: Copy>(entries: &mut Vec<(K, V)>, add: impl Fn(&mut V, V)) {
+    entries.sort_by(|(one, _), (other, _)| one.cmp(other));
+    entries.dedup_by(|(key, value), (kept, sum)| {
+        let is_same = key == kept;
+        if is_same {
+            add(sum, *value);
+        }
+        is_same
+    });
+}
+
+fn empty<T>(list: &mut Vec<T>) {
+    list.shrink_to(2 * list.len());
+    list.clear();
+}
+
+/// As many as there is room for, off the front of `from`.
+fn take<'t, T>(from: &mut &'t [T], room: &mut usize) -> std::slice::Iter<'t, T> {
+    let (taken, rest) = from.split_at(from.len().min(*room));
+    *from = rest;
+    *room -= taken.len();
+    taken.iter()
+}
+
+fn hex(bytes: [u8; PREFIX_DIGITS / 2]) -> [u8; PREFIX_DIGITS] {
+    let digit = |nibble: u8| b"0123456789abcdef"[usize::from(nibble & 15)];
+    std::array::from_fn(|place| digit(bytes[place / 2] >> (4 * (1 - place % 2))))
 }
 
 /// The gate counts these with the key's windows, not among the other refusals.
 const RATE_LIMITED: &str = "RATE_LIMITED";
+/// Of a secret's digest, in its name on the wire.
+const PREFIX_DIGITS: usize = 16;
 /// Keys that are drained between two offers of the processor.
 const KEYS_AT_ONCE: u32 = 64;
-/// Entries of a batch that are made between two.
-const ENTRIES_AT_ONCE: u32 = 256;
 
 #[cfg(test)]
 mod tests {
@@ -277,6 +295,13 @@ mod tests {
         }
     }
 
+    /// As they come out of a file.
+    fn batches(tally: &Tally, sequence: u64, entries: usize) -> Vec<UsageBatch> {
+        let json = |batch| serde_json::to_vec(&batch).unwrap();
+        let read = |json: Vec<u8>| serde_json::from_slice(&json).unwrap();
+        tally.batches("g", "r", sequence, entries).map(json).map(read).collect()
+    }
+
     fn sums(batches: &[UsageBatch]) -> (u64, u64) {
         let permits = batches.iter().flat_map(|b| &b.permits).map(|p| p.count).sum();
         let refusals = batches.iter().flat_map(|b| &b.refusals).map(|r| r.count).sum();
@@ -289,10 +314,11 @@ mod tests {
         for minute in 0..300 {
             tally.add(batch(if minute % 2 == 0 { "a" } else { "b" }, minute, 3));
         }
-        let fine = tally.batches("g", "r", 1, 10_000);
+        tally.sum_up();
+        let fine = batches(&tally, 1, 10_000);
         assert_eq!((fine.len(), sums(&fine)), (1, (900, 1800)));
         tally.coarsen(60, 240);
-        let coarse = tally.batches("g", "r", 7, 50);
+        let coarse = batches(&tally, 7, 50);
         assert_eq!(sums(&coarse), (900, 1800));
         let minutes: Vec<i64> = coarse
             .iter()
@@ -313,6 +339,7 @@ mod tests {
         );
         let mut again = Tally::default();
         coarse.into_iter().for_each(|batch| again.add(batch));
+        again.sum_up();
         assert_eq!(again, tally);
     }
 
@@ -321,7 +348,8 @@ mod tests {
         let mut tally = Tally::default();
         tally.add(batch("a", 5, 1));
         tally.add(batch("a", 3, 1));
-        let last_used = &tally.batches("g", "r", 1, 100)[0].last_used;
+        tally.sum_up();
+        let last_used = &batches(&tally, 1, 100)[0].last_used;
         assert_eq!(last_used.iter().map(|used| used.at_ms).collect::<Vec<_>>(), [300_000]);
     }
 }
