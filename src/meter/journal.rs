@@ -8,7 +8,7 @@
 //!
 //! From the first damaged record on nothing is believed: what follows may belong to anything.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::clock::Now;
-use crate::courtesy::Courtesy;
+use crate::courtesy::{self, Courtesy, WRITTEN_AT_ONCE_BYTES};
 use crate::gate::Gate;
 use crate::gate::window::WindowCounts;
 
@@ -124,7 +124,7 @@ impl Journal {
             Some(file) if is_still_at(&file, &self.path) => file,
             _ => self.open()?,
         };
-        if let Err(error) = file.write_all(records).and_then(|()| file.sync_data()) {
+        if let Err(error) = courtesy::write_all(&mut file, records).and_then(|()| file.sync_data()) {
             // Half a record would hide all that follow.
             if file.set_len(self.bytes).is_ok() {
                 self.file = Some(file);
@@ -169,7 +169,8 @@ impl Journal {
                 }
             }
         };
-        let kept: HashSet<u64> = last.into_values().collect();
+        let mut kept: Vec<u64> = last.into_values().collect();
+        courtesy::sort_by(&mut kept, u64::cmp);
 
         let beside = self.path.with_extension("journal.new");
         let file = OpenOptions::new()
@@ -178,18 +179,14 @@ impl Journal {
             .truncate(true)
             .mode(0o600)
             .open(&beside)?;
-        let mut writer = BufWriter::with_capacity(1 << 20, file);
+        let mut writer = BufWriter::with_capacity(WRITTEN_AT_ONCE_BYTES, file);
         writer.write_all(MAGIC)?;
         let mut bytes = MAGIC.len() as u64;
-        let mut left = kept.len();
+        let mut kept = kept.into_iter().peekable();
         let mut reader = Reader::open(&self.path)?;
-        while left > 0 {
+        while kept.peek().is_some() {
             let Ok(Some(record)) = reader.next() else { break };
-            if !kept.contains(&record.offset) {
-                continue;
-            }
-            left -= 1;
-            if record.still_counts(now) {
+            if kept.next_if_eq(&record.offset).is_some() && record.still_counts(now) {
                 writer.write_all(record.whole)?;
                 bytes += record.whole.len() as u64;
                 each(&record);

@@ -21,7 +21,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::usage::Tally;
 use crate::clock::Now;
-use crate::courtesy::Courtesy;
+use crate::courtesy::{self, Courtesy};
 use crate::wire::UsageBatch;
 
 /// Batches that wait for the control plane.
@@ -236,7 +236,7 @@ impl Outbox {
                 .truncate(true)
                 .mode(0o600)
                 .open(&unfinished)?;
-            file.write_all(&bytes)?;
+            courtesy::write_all(&mut file, &bytes)?;
             file.sync_all()?;
             fs::rename(&unfinished, self.path(&name))?;
             File::open(&self.directory)?.sync_all()

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::courtesy::Courtesy;
+use crate::courtesy::{self, Courtesy};
 use crate::gate::Gate;
 use crate::gate::key::KeyId;
 use crate::wire::{LastUsed, PermitCount, RefusalCount, UsageBatch};
@@ -228,7 +228,7 @@ fn last_use((secret, at_ms): &(Secret, i64)) -> LastUsed<&str> {
 }
 
 fn sum_up<K: Ord, V: Copy>(entries: &mut Vec<(K, V)>, add: impl Fn(&mut V, V)) {
-    entries.sort_by(|(one, _), (other, _)| one.cmp(other));
+    courtesy::sort_by(entries, |(one, _), (other, _)| one.cmp(other));
     entries.dedup_by(|(key, value), (kept, sum)| {
         let is_same = key == kept;
         if is_same {

@@ -10,6 +10,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::courtesy::WRITTEN_AT_ONCE_BYTES;
 use crate::feed::record::{Change, decode_key, encode_key, is_usable};
 use crate::gate::{Gate, KeyError, KeyUpdate};
 use crate::huge_pages::TableBeingFilled;
@@ -455,8 +456,6 @@ const SEAL_BYTES: usize = 8 + 32;
 /// 128 bits of MAC on each change.
 const TAG_BYTES: usize = 16;
 const CHUNK_BYTES: usize = 1 << 20;
-/// The system copies that in less than a tenth of a millisecond, and gives nobody the processor meanwhile.
-const WRITTEN_AT_ONCE_BYTES: usize = 64 << 10;
 /// Half a millisecond's work.
 const BATCH_KEYS: usize = 512;
 /// Batches that are decoded in advance.
