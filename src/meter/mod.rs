@@ -200,6 +200,7 @@ impl Meter {
     pub async fn stop(&self) {
         self.flush().await;
         let Some(control) = &self.control else { return };
+        self.shared.release().await;
         let posted = tokio::time::timeout(LAST_POST_TIMEOUT, async {
             while let Some(parcel) = self.shared.next_parcel().await {
                 if self.post(control, parcel).await.is_err() {
@@ -263,14 +264,14 @@ impl Meter {
     }
 
     /// Posts one batch. `Err`: the control plane cannot be reached, or will not take any.
-    async fn post(&self, control: &Control, parcel: Parcel) -> Result<(), ()> {
+    async fn post(&self, control: &Control, mut parcel: Parcel) -> Result<(), ()> {
         let sent = control
             .client
             .post(format!("{}/feed/v1/usage", control.url.trim_end_matches('/')))
             .header(AUTHORIZATION, control.authorization.clone())
             .header(CONTENT_TYPE, "application/json")
             .timeout(POST_TIMEOUT)
-            .body(parcel.body.clone())
+            .body(std::mem::take(&mut parcel.body))
             .send()
             .await;
         let shared = &self.shared;
@@ -336,16 +337,30 @@ impl Shared {
     fn store(&self) -> io::Result<()> {
         let mut tally = locked(&self.tally);
         let Some(outbox) = &self.outbox else {
-            tally.clear();
+            *tally = Tally::default();
             return Ok(());
         };
         let mut outbox = locked(outbox);
+        let now = self.clock.now();
         if !tally.is_empty() {
-            outbox.push(&tally, self.clock.now())?;
-            tally.clear();
+            outbox.push(&mut tally, now)?;
+        }
+        if outbox.flushed(now)? {
             self.more_to_send.notify_one();
         }
-        outbox.merge_if_many(self.clock.now())
+        outbox.merge_if_many(now)
+    }
+
+    /// Lets everything be posted that is in the outbox.
+    async fn release(self: &Arc<Self>) {
+        let shared = Arc::clone(self);
+        let release = move || match &shared.outbox {
+            Some(outbox) => locked(outbox).release(shared.clock.now()),
+            None => Ok(()),
+        };
+        if !matches!(tokio::task::spawn_blocking(release).await, Ok(Ok(()))) {
+            log::warn!("meter: the last usage cannot be put together: kept for the next start");
+        }
     }
 
     async fn next_parcel(self: &Arc<Self>) -> Option<Parcel> {

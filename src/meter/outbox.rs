@@ -5,8 +5,12 @@
 //!   No process ever numbers batches in another's run, so a number is never used for two things.
 //! - A batch is on disk before it is sent, and never changes once it was sent. Whoever does not hear an answer sends it
 //!   again; after a crash the next process does, under its old run and number.
-//! - Batches that were never sent may be merged, which happens when many pile up. The merged file names those that it
-//!   replaces, and takes effect by its renaming: after a crash either it or they count, never both.
+//! - Batches that were never sent may be merged, which happens when they are large and when many pile up. The merged file
+//!   names those that it replaces, and takes effect by its renaming: after a crash either it or they count, never both.
+//!
+//! What a flush brought is sent at once if it fits into one batch. More of it is gathered over several flushes, because
+//! sums by the minute are not worth an update of the ledger every second: a key that is always busy makes one entry of
+//! ten, and keys that are not lie together in the ledger when they come together.
 //!
 //! A file holds lines: a header, then each batch as the checksum of its JSON and the JSON as it is posted.
 
@@ -32,6 +36,10 @@ pub struct Outbox {
     next_sequence: u64,
     cap_bytes: u64,
     files: VecDeque<Waiting>,
+    /// What lies in the files that are [`Waiting::gathered`].
+    gathered: Tally,
+    /// For how many flushes.
+    flushes: u32,
 }
 
 /// One file of batches.
@@ -40,6 +48,8 @@ struct Waiting {
     bytes: u64,
     /// Where the JSON of each batch lies that is not acknowledged yet: offset and length.
     left: VecDeque<(usize, usize)>,
+    /// Not to be sent yet, but with what comes.
+    gathered: bool,
     /// Something of it may have reached the control plane: it must not change.
     sent: bool,
     /// Refused; not tried before this time (monotonic).
@@ -84,6 +94,8 @@ impl Outbox {
             next_sequence: 1,
             cap_bytes,
             files: VecDeque::new(),
+            gathered: Tally::default(),
+            flushes: 0,
         };
         let mut replaced = Vec::new();
         for name in names {
@@ -120,21 +132,49 @@ impl Outbox {
         (batches, self.files.iter().map(|file| file.bytes).sum())
     }
 
-    /// Puts a tally on the disk. An error means that nothing of it will be sent.
-    pub fn push(&mut self, tally: &Tally, now: Now) -> io::Result<()> {
-        let waiting = self.write(tally, Vec::new(), now)?;
-        self.files.push_back(waiting);
+    /// Moves a tally to the disk. After an error it is where it was, and nothing of it will be sent.
+    pub fn push(&mut self, tally: &mut Tally, now: Now) -> io::Result<()> {
+        let written = self.write(tally, Vec::new(), now)?;
+        self.files.push_back(Waiting {
+            gathered: true,
+            ..written
+        });
+        self.gathered.append(std::mem::take(tally));
         Ok(())
+    }
+
+    /// A flush is over: whether anything that was pushed may be sent now.
+    pub fn flushed(&mut self, now: Now) -> io::Result<bool> {
+        if self.gathered.is_empty() {
+            return Ok(false);
+        }
+        self.flushes += 1;
+        let is_due = self.gathered.entries() <= ENTRIES_IN_A_BATCH || self.flushes >= GATHERED_FLUSHES;
+        if is_due {
+            self.release(now)?;
+        }
+        Ok(is_due)
+    }
+
+    /// Lets everything be sent that was pushed.
+    pub fn release(&mut self, now: Now) -> io::Result<()> {
+        let gathered = self.names(|file| file.gathered);
+        let mut tally = std::mem::take(&mut self.gathered);
+        let merged = if gathered.len() > 1 {
+            tally.sum_up();
+            let written = self.write(&tally, gathered.clone(), now);
+            Some(written.inspect_err(|_| self.gathered = tally)?)
+        } else {
+            None
+        };
+        self.flushes = 0;
+        self.files.iter_mut().for_each(|file| file.gathered = false);
+        merged.map_or(Ok(()), |merged| self.replace(&gathered, merged))
     }
 
     /// Merges what was never sent, where many files pile up.
     pub fn merge_if_many(&mut self, now: Now) -> io::Result<()> {
-        let mergeable: Vec<String> = self
-            .files
-            .iter()
-            .filter(|file| !file.sent)
-            .map(|file| file.name.clone())
-            .collect();
+        let mergeable = self.names(|file| !file.sent && !file.gathered);
         if mergeable.len() < MERGE_AT {
             return Ok(());
         }
@@ -152,7 +192,17 @@ impl Outbox {
             }
         }
         let merged = self.write(&tally, mergeable.clone(), now)?;
-        for name in &mergeable {
+        self.replace(&mergeable, merged)
+    }
+
+    fn names(&self, of: impl Fn(&Waiting) -> bool) -> Vec<String> {
+        let files = self.files.iter().filter(|file| of(file));
+        files.map(|file| file.name.clone()).collect()
+    }
+
+    /// Puts the file that says so in the place of others.
+    fn replace(&mut self, replaced: &[String], merged: Waiting) -> io::Result<()> {
+        for name in replaced {
             self.remove(name);
         }
         self.files.push_back(merged);
@@ -166,7 +216,7 @@ impl Outbox {
             let file = self
                 .files
                 .iter_mut()
-                .find(|file| file.not_before_ns <= now.elapsed_ns)?;
+                .find(|file| !file.gathered && file.not_before_ns <= now.elapsed_ns)?;
             file.sent = true;
             let name = file.name.clone();
             let Some(&(offset, length)) = file.left.front() else {
@@ -261,6 +311,7 @@ impl Outbox {
             name,
             bytes: bytes.len() as u64,
             left,
+            gathered: false,
             sent: false,
             not_before_ns: 0,
         })
@@ -288,6 +339,7 @@ impl Outbox {
             name: name.to_owned(),
             bytes: bytes.len() as u64,
             left,
+            gathered: false,
             sent: true,
             not_before_ns: 0,
         };
@@ -368,8 +420,10 @@ const VERSION: u32 = 1;
 const SUFFIX: &str = ".usage";
 const UNFINISHED: &str = ".new";
 const CHECKSUM_DIGITS: usize = 16;
-/// Some 600 KiB of JSON, well below what web servers take.
-const ENTRIES_IN_A_BATCH: usize = 5_000;
+/// Some 200 KiB of JSON. A control plane on SQLite is busy with them for 10 to 20 ms, in which a change has to wait.
+const ENTRIES_IN_A_BATCH: usize = 2_000;
+/// Some nine seconds: that late a busy gate's usage is in the ledger. It lies on the disk after the first.
+const GATHERED_FLUSHES: u32 = 10;
 const TYPICAL_ENTRY_BYTES: u64 = 120;
 /// A minute without the control plane.
 const MERGE_AT: usize = 64;

@@ -118,11 +118,11 @@ impl Tally {
         self.permits.len() + self.refusals.len() + self.last_used.len()
     }
 
-    /// Empties it. It keeps room for the like of what it held.
-    pub fn clear(&mut self) {
-        empty(&mut self.permits);
-        empty(&mut self.refusals);
-        empty(&mut self.last_used);
+    /// Adds what another one holds. To be followed by [`Tally::sum_up`].
+    pub fn append(&mut self, mut other: Tally) {
+        self.permits.append(&mut other.permits);
+        self.refusals.append(&mut other.refusals);
+        self.last_used.append(&mut other.last_used);
     }
 
     /// Adds what a batch holds. To be followed by [`Tally::sum_up`].
@@ -236,11 +236,6 @@ fn sum_up<K: Ord, V: Copy>(entries: &mut Vec<(K, V)>, add: impl Fn(&mut V, V)) {
         }
         is_same
     });
-}
-
-fn empty<T>(list: &mut Vec<T>) {
-    list.shrink_to(2 * list.len());
-    list.clear();
 }
 
 /// As many as there is room for, off the front of `from`.

@@ -10,7 +10,7 @@ use tollgate::clock::Clock;
 use tollgate::feed::Token;
 use tollgate::gate::{Gate, Reason};
 use tollgate::meter::{Control, JournalOutcome, Meter, Settings};
-use tollgate::wire::KeyLine;
+use tollgate::wire::{KeyLine, UsageBatch};
 
 use crate::plane::{Plane, UsageFault};
 use crate::{FEED_TOKEN, START_MS, client, eventually, gate, key_in, secret, verdict_in, within};
@@ -254,6 +254,57 @@ async fn a_long_outage_is_merged_and_keeps_its_sums() {
     assert_eq!(sums(&plane).0.values().sum::<u64>(), 9_000);
     let status = running.meter.status();
     assert_eq!((status.permits, status.post_error), (9_000, None));
+    running.stop().await;
+}
+
+/// What 1,200 keys make in a flush does not fit into one batch.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_gate_sends_what_ten_flushes_brought_at_once() {
+    const KEYS: u32 = 1_200;
+    let directory = tempfile::tempdir().unwrap();
+    let plane = Plane::start([]).await;
+    let clock = Clock::manual(START_MS);
+    let gate = gate(1_000_000);
+    fill(&gate, KEYS);
+    let mut settings = settings(Some(&plane.url), directory.path());
+    settings.flush_interval = Duration::from_secs(3_600);
+    let counted = || sums(&plane).0.values().sum::<u64>();
+    let files = || fs::read_dir(directory.path().join("usage")).unwrap().count();
+    let flush = async |meter: &Meter, times| {
+        for _ in 0..times {
+            assert!((0..KEYS).all(|n| pass(&gate, &clock, n)));
+            meter.flush().await;
+        }
+    };
+    let meter = Meter::new(settings.clone(), Arc::clone(&gate), clock.clone()).unwrap();
+    flush(&meter, 9).await;
+    assert_eq!(files(), 9);
+    flush(&meter, 1).await;
+    assert_eq!(files(), 1);
+    within("the stop", meter.stop()).await;
+    assert_eq!((files(), counted()), (0, u64::from(10 * KEYS)));
+    {
+        let state = plane.state();
+        let entries = |batch: &UsageBatch| batch.permits.len() + batch.last_used.len();
+        assert_eq!(state.ledger.iter().map(entries).collect::<Vec<_>>(), [2_000, 400]);
+        assert!(
+            state
+                .ledger
+                .iter()
+                .flat_map(|batch| &batch.permits)
+                .all(|permit| permit.count == 10)
+        );
+    }
+    // A process that ends does not wait for the tenth; one that is killed leaves it to the next.
+    flush(&meter, 3).await;
+    within("the stop", meter.stop()).await;
+    assert_eq!((files(), counted()), (0, u64::from(13 * KEYS)));
+    flush(&meter, 2).await;
+    drop(meter);
+    assert_eq!((files(), counted()), (2, u64::from(13 * KEYS)));
+    let running = Running::start(settings, &gate, &clock);
+    eventually("an empty outbox", || running.meter.status().unsent_batches == 0).await;
+    assert_eq!(counted(), u64::from(15 * KEYS));
     running.stop().await;
 }
 

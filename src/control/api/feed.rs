@@ -2,13 +2,12 @@
 
 use axum::extract::{Request, State};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use utoipa::ToSchema;
 
 use super::caller::{Gate, is_gate_name};
 use super::error::ApiError;
+use super::fields::json;
 use super::{App, Envelope, Reply};
-use crate::control::model::Fault;
 use crate::control::service::check::Check;
 use crate::wire::{Ack, UsageBatch};
 
@@ -32,7 +31,7 @@ pub struct UsageTaken {
     responses((status = 200, description = "Noted.", body = Envelope<AckAnswer>)),
 )]
 pub async fn acknowledge(State(app): State<App>, _: Gate, request: Request) -> Result<Reply<AckAnswer>, ApiError> {
-    let ack: Ack = read(request, 4 * 1024).await?;
+    let ack: Ack = json(request, 4 * 1024).await?;
     let fits = |version: &String| version.chars().count() <= 64 && !version.chars().any(char::is_control);
     let version_fits = ack.version.as_ref().is_none_or(fits);
     let mut check = Check::new(Vec::new());
@@ -59,14 +58,9 @@ pub async fn acknowledge(State(app): State<App>, _: Gate, request: Request) -> R
     responses((status = 200, description = "In the ledger.", body = Envelope<UsageTaken>)),
 )]
 pub async fn usage(State(app): State<App>, _: Gate, request: Request) -> Result<Reply<UsageTaken>, ApiError> {
-    let batch: UsageBatch = read(request, MOST_BATCH_BYTES).await?;
+    let batch: UsageBatch = json(request, MOST_BATCH_BYTES).await?;
     let applied = app.apply_usage(&batch).await?;
     Ok(Reply::ok(UsageTaken { applied }))
-}
-
-async fn read<T: DeserializeOwned>(request: Request, most_bytes: usize) -> Result<T, ApiError> {
-    let value = super::fields::json(request, most_bytes).await?;
-    serde_json::from_value(value).map_err(|error| Fault::field("body", error.to_string()).into())
 }
 
 /// A hundred thousand keys that were all used within one flush make about 16 MB.

@@ -9,10 +9,12 @@ use std::time::Duration;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::header;
 use axum::http::request::Parts;
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
-use crate::control::model::FieldFault;
+use crate::control::model::{Fault, FieldFault};
 use crate::control::time;
 
 /// The fields of a body or a query, taken out one by one.
@@ -236,7 +238,7 @@ impl<S: Send + Sync> FromRequestParts<S> for QueryFields {
 }
 
 /// A JSON body of at most `most_bytes`.
-pub async fn json(request: Request, most_bytes: usize) -> Result<Value, ApiError> {
+pub async fn json<T: DeserializeOwned>(request: Request, most_bytes: usize) -> Result<T, ApiError> {
     let content_type = request
         .headers()
         .get(header::CONTENT_TYPE)
@@ -252,13 +254,15 @@ pub async fn json(request: Request, most_bytes: usize) -> Result<Value, ApiError
         return Err(ApiError::NotJson);
     }
     let bytes = read(request, most_bytes).await?;
-    serde_json::from_slice(&bytes).map_err(|error| {
+    serde_json::from_slice(&bytes).map_err(|error| match error.classify() {
+        // It is JSON, but not what was expected.
+        Category::Data => Fault::field("body", error.to_string()).into(),
         // serde's own message may quote the body, and a body may hold a password: only the place is told.
-        ApiError::Malformed(format!(
+        _ => ApiError::Malformed(format!(
             "the body is not JSON, at line {} column {}",
             error.line(),
             error.column()
-        ))
+        )),
     })
 }
 

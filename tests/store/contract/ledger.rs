@@ -252,6 +252,69 @@ pub async fn a_last_use_only_moves_forward(place: Place) {
     assert_eq!(key.revision, 1, "gates need not know");
 }
 
+/// While a secret is the only one of its key, and after it got company.
+pub async fn each_secret_has_its_own_last_use(place: Place) {
+    let store = &*place.store;
+    register(store, "acme").await;
+    create(store, "org_acme", "k001").await.unwrap();
+    let used = |secret: &str, at_ms| LastUsed {
+        key: "key_k001".into(),
+        secret: digest(secret)[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
+        at_ms,
+    };
+    let apply = async |sequence, last_used: &[LastUsed]| {
+        let batch = UsageBatch {
+            last_used: last_used.to_vec(),
+            ..batch(sequence, &[])
+        };
+        assert_eq!(store.apply_usage(&batch, 1).await, Ok(true));
+    };
+    let last_uses = async || {
+        let key = store.key(None, "key_k001").await.unwrap().unwrap();
+        let secrets: Vec<_> = key.secrets.iter().map(|secret| secret.last_used_at_ms).collect();
+        (key.last_used_at_ms, secrets)
+    };
+    assert_eq!(last_uses().await, (None, vec![None]));
+    apply(1, &[used("k001", 1_000)]).await;
+    assert_eq!(last_uses().await, (Some(1_000), vec![Some(1_000)]));
+    let rotate = |key: &mut ApiKey| {
+        key.secrets.insert(0, secret("newer", 2_000));
+        Ok(note("org_acme", "key.rotate", &key.id))
+    };
+    store
+        .edit_key(None, "key_k001", &rotate, None, at(&caller(), 2_000))
+        .await
+        .unwrap();
+    assert_eq!(last_uses().await, (Some(1_000), vec![None, Some(1_000)]));
+    apply(2, &[used("newer", 3_000)]).await;
+    assert_eq!(last_uses().await, (Some(3_000), vec![Some(3_000), Some(1_000)]));
+    apply(3, &[used("k001", 2_500), used("k001", 2_400), used("nobody's", 3_500)]).await;
+    assert_eq!(last_uses().await, (Some(3_500), vec![Some(3_000), Some(2_500)]));
+}
+
+pub async fn a_key_of_nobody_may_be_any_text(place: Place) {
+    for (sequence, key) in [(1, r#"a"b\c/'{$[0]}"#), (2, "0")] {
+        let batch = batch(
+            sequence,
+            &[
+                (key, "default", 60, 1),
+                ("other", "default", 60, 1),
+                (key, "default", 60, 2),
+            ],
+        );
+        assert_eq!(place.store.apply_usage(&batch, 1).await, Ok(true));
+        let query = UsageQuery {
+            organization: String::new(),
+            key: Some(key.into()),
+            by_key: true,
+            ..usage_query()
+        };
+        let rows = place.store.usage(&query).await.unwrap().permits;
+        let rows: Vec<_> = rows.iter().map(|row| (row.key.as_str(), row.count)).collect();
+        assert_eq!(rows, [(key, 3)]);
+    }
+}
+
 pub async fn the_audit_log_is_read_newest_first(place: Place) {
     let store = &*place.store;
     register(store, "acme").await;

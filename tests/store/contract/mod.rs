@@ -50,6 +50,8 @@ contract! {
         usage_is_summed_by_what_was_asked,
         an_hour_is_folded_once_whoever_does_it,
         a_last_use_only_moves_forward,
+        each_secret_has_its_own_last_use,
+        a_key_of_nobody_may_be_any_text,
         the_audit_log_is_read_newest_first,
         a_nul_is_nowhere,
     }

@@ -176,7 +176,10 @@ struct SecretRow {
 }
 
 impl KeyRow {
-    fn into_key(self, secrets: Vec<KeySecret>) -> ApiKey {
+    fn into_key(self, mut secrets: Vec<KeySecret>) -> ApiKey {
+        if let [only] = &mut *secrets {
+            only.last_used_at_ms = self.last_used_at_ms;
+        }
         ApiKey {
             id: self.id,
             organization_id: self.organization_id,
@@ -291,6 +294,15 @@ async fn update_key(tx: &mut PgConnection, before: &ApiKey, after: &ApiKey) -> A
     .bind(&after.id)
     .execute(&mut *tx)
     .await?;
+    if before.secrets.len() == 1 && after.secrets.len() > 1 {
+        // The ledger told nobody but the key while this was its only secret.
+        sqlx::query(
+            "UPDATE key_secrets SET last_used_at_ms = (SELECT last_used_at_ms FROM keys WHERE id = $1) WHERE key_id = $1",
+        )
+        .bind(&after.id)
+        .execute(&mut *tx)
+        .await?;
+    }
     for secret in after.secrets.iter().rev() {
         match before.secrets.iter().find(|known| known.digest == secret.digest) {
             None => insert_secret(tx, &after.id, secret).await?,

@@ -135,10 +135,12 @@ impl PostgresStore {
         .bind(&times)
         .execute(&mut *tx)
         .await?;
+        // Of keys with several: an only secret was last used when its key was.
         sqlx::query(
             "UPDATE key_secrets SET last_used_at_ms = used.at_ms
              FROM (SELECT key, secret, max(at_ms) AS at_ms
                    FROM unnest($1::text[], $2::text[], $3::bigint[]) AS each (key, secret, at_ms)
+                   WHERE (SELECT count(*) FROM key_secrets WHERE key_id = key) > 1
                    GROUP BY key, secret) AS used
              WHERE key_secrets.key_id = used.key AND encode(substring(key_secrets.digest FOR 8), 'hex') = used.secret
                    AND coalesce(key_secrets.last_used_at_ms, 0) < used.at_ms",

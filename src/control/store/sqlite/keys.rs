@@ -133,7 +133,10 @@ struct SecretRow {
 }
 
 impl KeyRow {
-    fn into_key(self, secrets: Vec<KeySecret>) -> Result<ApiKey, Fault> {
+    fn into_key(self, mut secrets: Vec<KeySecret>) -> Result<ApiKey, Fault> {
+        if let [only] = &mut *secrets {
+            only.last_used_at_ms = self.last_used_at_ms;
+        }
         let scopes = serde_json::from_str(&self.scopes)
             .map_err(|e| Fault::Internal(format!("the scopes of {} are not JSON: {e}", self.id)))?;
         Ok(ApiKey {
@@ -258,6 +261,16 @@ async fn update_key(tx: &mut SqliteConnection, before: &ApiKey, after: &ApiKey) 
     .execute(&mut *tx)
     .await
     .map_err(fault)?;
+    if before.secrets.len() == 1 && after.secrets.len() > 1 {
+        // The ledger told nobody but the key while this was its only secret.
+        sqlx::query(
+            "UPDATE key_secrets SET last_used_at_ms = (SELECT last_used_at_ms FROM keys WHERE id = ?1) WHERE key_id = ?1",
+        )
+        .bind(&after.id)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+    }
     for secret in after.secrets.iter().rev() {
         match before.secrets.iter().find(|known| known.digest == secret.digest) {
             None => insert_secret(tx, &after.id, secret).await?,

@@ -1,6 +1,9 @@
 //! The ledger: batches in, totals out.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
+use serde::Serialize;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 
 use super::{SqliteStore, fault};
@@ -8,7 +11,7 @@ use crate::control::model::Fault;
 use crate::control::store::rows::LedgerRow;
 use crate::control::store::stretch::{Stretch, after};
 use crate::control::store::{LedgerStore, UsageQuery, UsageRows};
-use crate::wire::UsageBatch;
+use crate::wire::{LastUsed, PermitCount, RefusalCount, UsageBatch};
 
 #[async_trait]
 impl LedgerStore for SqliteStore {
@@ -17,31 +20,9 @@ impl LedgerStore for SqliteStore {
         if !mark_applied(&mut tx, batch, now_ms).await? {
             return Ok(false);
         }
-        // Whole lists at once: SQLite takes the JSON apart and finds each key's organisation. A key that is unknown here
-        // (a static key file, another installation) is kept under no organisation, so that the sum stays exact.
-        sqlx::query(
-            "INSERT INTO usage_minutes (organization_id, minute, key_id, tier, environment, permits)
-             SELECT coalesce(k.organization_id, ''), j.value ->> 'minute', j.value ->> 'key', j.value ->> 'tier',
-                    j.value ->> 'environment', j.value ->> 'count'
-             FROM json_each(?) AS j LEFT JOIN keys AS k ON k.id = j.value ->> 'key' WHERE true
-             ON CONFLICT DO UPDATE SET permits = permits + excluded.permits",
-        )
-        .bind(json(&batch.permits)?)
-        .execute(&mut *tx)
-        .await
-        .map_err(fault)?;
-        sqlx::query(
-            "INSERT INTO refusal_minutes (organization_id, minute, key_id, tier, environment, code, refusals)
-             SELECT coalesce(k.organization_id, ''), j.value ->> 'minute', coalesce(j.value ->> 'key', ''),
-                    j.value ->> 'tier', coalesce(j.value ->> 'environment', ''), j.value ->> 'code', j.value ->> 'count'
-             FROM json_each(?) AS j LEFT JOIN keys AS k ON k.id = j.value ->> 'key' WHERE true
-             ON CONFLICT DO UPDATE SET refusals = refusals + excluded.refusals",
-        )
-        .bind(json(&batch.refusals)?)
-        .execute(&mut *tx)
-        .await
-        .map_err(fault)?;
-        apply_last_used(&mut tx, &json(&batch.last_used)?).await?;
+        apply_permits(&mut tx, &batch.permits).await?;
+        apply_refusals(&mut tx, &batch.refusals).await?;
+        apply_last_used(&mut tx, &batch.last_used).await?;
         tx.commit().await.map_err(fault)?;
         Ok(true)
     }
@@ -176,24 +157,111 @@ async fn mark_applied(tx: &mut SqliteConnection, batch: &UsageBatch, now_ms: i64
     Ok(true)
 }
 
-/// Batches may arrive in any order, so a time only ever moves forward.
-async fn apply_last_used(tx: &mut SqliteConnection, last_used: &str) -> Result<(), Fault> {
+// Whole lists at once, which SQLite takes apart. It takes longer for what lies deeper, so what keys have in common is told
+// once, and in the order of the tables. A key that is unknown here (a static key file, another installation) is kept under
+// no organisation, so that the sum stays exact.
+
+async fn apply_permits(tx: &mut SqliteConnection, permits: &[PermitCount]) -> Result<(), Fault> {
+    let counts = by_key(permits.iter().map(|permit| {
+        let group = Group {
+            minute: permit.minute,
+            tier: &permit.tier,
+            environment: &permit.environment,
+            code: "",
+        };
+        (group, &*permit.key, permit.count)
+    }))?;
     sqlx::query(
-        "UPDATE keys SET last_used_at_ms = max(coalesce(last_used_at_ms, 0), used.at_ms)
-         FROM (SELECT value ->> 'key' AS key, max(value ->> 'at_ms') AS at_ms FROM json_each(?) GROUP BY 1) AS used
-         WHERE keys.id = used.key",
+        "WITH told AS MATERIALIZED (
+             SELECT value ->> '$[0].minute' AS minute, value ->> '$[0].tier' AS tier,
+                    value ->> '$[0].environment' AS environment, value -> 1 AS counts
+             FROM json_each(?))
+         INSERT INTO usage_minutes (organization_id, minute, key_id, tier, environment, permits)
+         SELECT coalesce(k.organization_id, ''), told.minute, used.key, told.tier, told.environment, used.value
+         FROM told, json_each(told.counts) AS used LEFT JOIN keys AS k ON k.id = used.key WHERE true
+         ON CONFLICT DO UPDATE SET permits = permits + excluded.permits",
     )
-    .bind(last_used)
+    .bind(counts)
+    .execute(tx)
+    .await
+    .map(drop)
+    .map_err(fault)
+}
+
+async fn apply_refusals(tx: &mut SqliteConnection, refusals: &[RefusalCount]) -> Result<(), Fault> {
+    let counts = by_key(refusals.iter().map(|refusal| {
+        let group = Group {
+            minute: refusal.minute,
+            tier: &refusal.tier,
+            environment: refusal.environment.as_deref().unwrap_or_default(),
+            code: &refusal.code,
+        };
+        (group, refusal.key.as_deref().unwrap_or_default(), refusal.count)
+    }))?;
+    sqlx::query(
+        "WITH told AS MATERIALIZED (
+             SELECT value ->> '$[0].minute' AS minute, value ->> '$[0].tier' AS tier,
+                    value ->> '$[0].environment' AS environment, value ->> '$[0].code' AS code, value -> 1 AS counts
+             FROM json_each(?))
+         INSERT INTO refusal_minutes (organization_id, minute, key_id, tier, environment, code, refusals)
+         SELECT coalesce(k.organization_id, ''), told.minute, used.key, told.tier, told.environment, told.code, used.value
+         FROM told, json_each(told.counts) AS used LEFT JOIN keys AS k ON k.id = used.key WHERE true
+         ON CONFLICT DO UPDATE SET refusals = refusals + excluded.refusals",
+    )
+    .bind(counts)
+    .execute(tx)
+    .await
+    .map(drop)
+    .map_err(fault)
+}
+
+/// What counts have in common that differ in their keys.
+#[derive(PartialEq, Eq, PartialOrd, Ord, Serialize)]
+struct Group<'b> {
+    minute: i64,
+    tier: &'b str,
+    environment: &'b str,
+    /// Of refusals.
+    code: &'b str,
+}
+
+/// A list of pairs: a group, and its counts by key.
+fn by_key<'b>(counts: impl Iterator<Item = (Group<'b>, &'b str, u64)>) -> Result<String, Fault> {
+    let mut groups: BTreeMap<Group<'_>, BTreeMap<&str, u64>> = BTreeMap::new();
+    for (group, key, count) in counts {
+        let sum = groups.entry(group).or_default().entry(key).or_default();
+        // Where this matters the column refuses it: it holds 63 bits.
+        *sum = sum.saturating_add(count);
+    }
+    json(&groups.into_iter().collect::<Vec<_>>())
+}
+
+/// Batches may arrive in any order, so a time only ever moves forward. The secrets of a table are in the order in which
+/// they were made, so that each of a batch's lies in a page of its own: only where a key has several are they told of
+/// (an only secret was last used when its key was).
+async fn apply_last_used(tx: &mut SqliteConnection, last_used: &[LastUsed]) -> Result<(), Fault> {
+    let mut latest: BTreeMap<&str, i64> = BTreeMap::new();
+    for used in last_used {
+        let at_ms = latest.entry(&used.key).or_default();
+        *at_ms = used.at_ms.max(*at_ms);
+    }
+    sqlx::query(
+        "UPDATE keys SET last_used_at_ms = used.value FROM json_each(?) AS used
+         WHERE keys.id = used.key AND coalesce(last_used_at_ms, 0) < used.value",
+    )
+    .bind(json(&latest)?)
     .execute(&mut *tx)
     .await
     .map_err(fault)?;
     sqlx::query(
-        "UPDATE key_secrets SET last_used_at_ms = max(coalesce(last_used_at_ms, 0), used.at_ms)
-         FROM (SELECT value ->> 'key' AS key, lower(value ->> 'secret') AS secret, max(value ->> 'at_ms') AS at_ms
-               FROM json_each(?) GROUP BY 1, 2) AS used
-         WHERE key_secrets.key_id = used.key AND lower(hex(substr(key_secrets.digest, 1, 8))) = used.secret",
+        "WITH used AS MATERIALIZED (
+             SELECT value ->> 'key' AS key, unhex(value ->> 'secret') AS prefix, max(value ->> 'at_ms') AS at_ms
+             FROM json_each(?) WHERE (SELECT count(*) FROM key_secrets WHERE key_id = value ->> 'key') > 1
+             GROUP BY 1, 2)
+         UPDATE key_secrets SET last_used_at_ms = used.at_ms FROM used
+         WHERE key_id = used.key AND substr(digest, 1, 8) = used.prefix AND coalesce(last_used_at_ms, 0) < used.at_ms",
     )
-    .bind(last_used)
+    .bind(json(&last_used)?)
     .execute(&mut *tx)
     .await
     .map(drop)
@@ -228,6 +296,6 @@ fn select(query: &UsageQuery, table: &str, column: &str, code: &str) -> QueryBui
     sql
 }
 
-fn json<T: serde::Serialize>(list: &T) -> Result<String, Fault> {
+fn json<T: Serialize>(list: &T) -> Result<String, Fault> {
     serde_json::to_string(list).map_err(|e| Fault::Internal(e.to_string()))
 }
