@@ -44,10 +44,10 @@ pub(crate) fn write_all(file: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Sorts a long list.
+/// Sorts a long list. One that is made of sorted lists takes little.
 pub(crate) fn sort_by<T>(list: &mut [T], mut compare: impl FnMut(&T, &T) -> Ordering) {
     let mut courtesy = Courtesy::every(COMPARED_AT_ONCE);
-    list.sort_unstable_by(|one, other| {
+    list.sort_by(|one, other| {
         courtesy.step();
         compare(one, other)
     });

@@ -156,7 +156,7 @@ impl Journal {
     fn compact(&mut self, now: Now, each: &mut dyn FnMut(&Record<'_>)) -> io::Result<Option<String>> {
         // Twice over the file rather than all of it in memory. 16 bytes name a window: for two of a billion to have
         // the same name has a chance of one in 10^20.
-        let mut last: HashMap<u128, u64> = HashMap::new();
+        let mut last: HashMap<u128, u64, ahash::RandomState> = HashMap::default();
         let mut reader = Reader::open(&self.path)?;
         let damage = loop {
             match reader.next() {

@@ -18,14 +18,14 @@ use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::usage::Tally;
 use crate::clock::Now;
-use crate::courtesy::{self, Courtesy};
+use crate::courtesy;
 use crate::wire::UsageBatch;
 
 /// Batches that wait for the control plane.
@@ -252,69 +252,75 @@ impl Outbox {
     }
 
     fn write(&mut self, tally: &Tally, replaces: Vec<String>, now: Now) -> io::Result<Waiting> {
-        let mut bytes = Vec::with_capacity(estimated_bytes(tally) as usize);
-        let header = Header {
-            tollgate_usage: VERSION,
-            replaces,
-        };
-        serde_json::to_writer(&mut bytes, &header)?;
-        bytes.push(b'\n');
-        let mut left = VecDeque::new();
-        let mut courtesy = Courtesy::every(1);
-        for batch in tally.batches(&self.gate, &self.run, self.next_sequence, ENTRIES_IN_A_BATCH) {
-            courtesy.step();
-            let offset = bytes.len() + CHECKSUM_DIGITS + 1;
-            bytes.resize(offset, b' ');
-            serde_json::to_writer(&mut bytes, &batch)?;
-            let checksum = xxh3_64(&bytes[offset..]);
-            write!(&mut bytes[offset - CHECKSUM_DIGITS - 1..], "{checksum:016x}")?;
-            left.push_back((offset, bytes.len() - offset));
-            bytes.push(b'\n');
-        }
-        let batches = left.len() as u64;
-        let name = format!(
-            "{:015}-{}-{:012}{SUFFIX}",
-            now.unix_ms.max(0),
-            self.run,
-            self.next_sequence
-        );
+        let first = self.next_sequence;
+        // Numbers are not used again even if this fails: the renaming may have taken place.
+        self.next_sequence += tally.entries().div_ceil(ENTRIES_IN_A_BATCH) as u64;
+        let name = format!("{:015}-{}-{first:012}{SUFFIX}", now.unix_ms.max(0), self.run);
         let unfinished = self.path(&name).with_extension("new");
-        let written = (|| {
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&unfinished)?;
-            courtesy::write_all(&mut file, &bytes)?;
-            file.sync_all()?;
+        let written: io::Result<_> = (|| {
+            let written = self.write_batches(&unfinished, tally, first, replaces)?;
             fs::rename(&unfinished, self.path(&name))?;
-            File::open(&self.directory)?.sync_all()
+            File::open(&self.directory)?.sync_all()?;
+            Ok(written)
         })();
-        // Numbers are not used again even if this failed: the renaming may have taken place.
-        self.next_sequence += batches;
-        if let Err(error) = written {
-            let _ = fs::remove_file(&unfinished);
-            // Whatever of it is there must not be sent beside the next try; it was not sent yet.
-            match fs::remove_file(self.path(&name)) {
-                Err(removing) if removing.kind() != io::ErrorKind::NotFound => {
-                    log::error!(
-                        "meter: {} may count twice after a restart: {removing}",
-                        self.path(&name).display()
-                    );
-                }
-                _ => {}
-            }
-            return Err(error);
-        }
+        let (left, bytes) = written.inspect_err(|_| self.discard(&unfinished, &name))?;
         Ok(Waiting {
             name,
-            bytes: bytes.len() as u64,
+            bytes,
             left,
             gathered: false,
             sent: false,
             not_before_ns: 0,
         })
+    }
+
+    /// Whatever is there of a file that could not be written must not be sent beside the next try; it was not sent yet.
+    fn discard(&self, unfinished: &Path, name: &str) {
+        let _ = fs::remove_file(unfinished);
+        let path = self.path(name);
+        match fs::remove_file(&path) {
+            Err(removing) if removing.kind() != io::ErrorKind::NotFound => {
+                log::error!("meter: {} may count twice after a restart: {removing}", path.display());
+            }
+            _ => {}
+        }
+    }
+
+    /// Where the JSON of each batch lies, and the bytes of all.
+    fn write_batches(
+        &self,
+        path: &Path,
+        tally: &Tally,
+        sequence: u64,
+        replaces: Vec<String>,
+    ) -> io::Result<(VecDeque<(usize, usize)>, u64)> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)?;
+        let mut line = serde_json::to_vec(&Header {
+            tollgate_usage: VERSION,
+            replaces,
+        })?;
+        line.push(b'\n');
+        courtesy::write_all(&mut file, &line)?;
+        let mut bytes = line.len();
+        let mut left = VecDeque::new();
+        for batch in tally.batches(&self.gate, &self.run, sequence, ENTRIES_IN_A_BATCH) {
+            line.clear();
+            line.resize(CHECKSUM_DIGITS + 1, b' ');
+            serde_json::to_writer(&mut line, &batch)?;
+            let checksum = xxh3_64(&line[CHECKSUM_DIGITS + 1..]);
+            write!(&mut line[..], "{checksum:016x}")?;
+            left.push_back((bytes + CHECKSUM_DIGITS + 1, line.len() - CHECKSUM_DIGITS - 1));
+            line.push(b'\n');
+            courtesy::write_all(&mut file, &line)?;
+            bytes += line.len();
+        }
+        file.sync_all()?;
+        Ok((left, bytes as u64))
     }
 
     /// A file of an earlier process, which may have sent any of it.
