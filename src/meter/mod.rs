@@ -307,10 +307,12 @@ impl Shared {
         let now = self.clock.now();
         // A count belongs to the minute it was made in; on average that is half a flush ago.
         let minute = (now.unix_ms - self.flush_interval.as_millis() as i64 / 2).div_euclid(60_000);
+        // Until the end, so that of two flushes, as there may be at a stop, the later one is the last to touch a file:
+        // after it the files are the next process's.
+        let mut tally = locked(&self.tally);
+        let drained = usage::drain(&self.gate, minute, &mut tally);
+        self.permits.fetch_add(drained.permits, Ordering::Relaxed);
         {
-            let mut tally = locked(&self.tally);
-            let drained = usage::drain(&self.gate, minute, &mut tally);
-            self.permits.fetch_add(drained.permits, Ordering::Relaxed);
             let mut report = locked(&self.report);
             for (code, count) in drained.refusals {
                 *report.refusals.entry(code).or_default() += count;
@@ -323,7 +325,9 @@ impl Shared {
             locked(&self.report).journal_bytes = journal.bytes();
             journalled.map_err(|error| format!("cannot write the journal: {error}"))
         };
-        let stored = self.store().map_err(|error| format!("cannot write usage: {error}"));
+        let stored = self
+            .store(&mut tally)
+            .map_err(|error| format!("cannot write usage: {error}"));
         let disk_error = journalled.and(stored).err();
         let before = std::mem::replace(&mut locked(&self.report).disk_error, disk_error.clone());
         match (before, disk_error) {
@@ -334,8 +338,7 @@ impl Shared {
     }
 
     /// Moves what was drained into the outbox. What cannot be written stays for the next time.
-    fn store(&self) -> io::Result<()> {
-        let mut tally = locked(&self.tally);
+    fn store(&self, tally: &mut Tally) -> io::Result<()> {
         let Some(outbox) = &self.outbox else {
             *tally = Tally::default();
             return Ok(());
@@ -343,7 +346,7 @@ impl Shared {
         let mut outbox = locked(outbox);
         let now = self.clock.now();
         if !tally.is_empty() {
-            outbox.push(&mut tally, now)?;
+            outbox.push(tally, now)?;
         }
         if outbox.flushed(now)? {
             self.more_to_send.notify_one();
