@@ -2,7 +2,7 @@
 //!
 //! Synchronous, no I/O, no allocation once a key has been seen in a tier, no lock, no HTTP server. [`Gate::check`] is
 //! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `pages`,
-//! `parts`, `slots` and `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
+//! `parts`, `slots`, `places` and `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
 //! `update` and `resync` (with `writer` and `retired`), `usage`.
 
 pub mod credential;
@@ -10,6 +10,7 @@ pub mod key;
 pub mod limit;
 mod pages;
 mod parts;
+mod places;
 mod policy;
 mod quota;
 pub mod reservation;
@@ -45,6 +46,8 @@ use credential::NoCredential;
 use http::{HeaderMap, Method};
 use key::{KeyForms, SecretDigest, ShortId};
 use limit::Limit;
+use pages::{Found, Hint};
+use places::{NO_PLACE, PlaceId, Places};
 use policy::{NameTables, Plan, Policy};
 use quota::{GivenBack, InFlight, KeyWindows, Outcome};
 use reservation::Reservation;
@@ -59,7 +62,6 @@ use terms::{Brief, Known, NO_TERMS, TermsId};
 use throttle::{AddressWindows, FailedAttempts};
 use usage::{Leftovers, RefusalCounts};
 use verdict::Counted;
-use window::Taken;
 use writer::Writer;
 
 /// What the decision looks at: the head of a request that was found unambiguous.
@@ -113,6 +115,7 @@ impl Gate {
                     terms: Known::default(),
                 }),
                 snapshot: None,
+                places: Places::default(),
             }),
             stale: AtomicBool::new(false),
             shares_limits: false,
@@ -176,7 +179,7 @@ impl Gate {
         loop {
             let in_force = self.in_force.load();
             let snapshot = in_force.snapshot.as_ref();
-            let Some((_, slot)) = snapshot.and_then(|keys| keys.find(&self.slots, secret)) else {
+            let Some(Found { slot, .. }) = snapshot.and_then(|keys| keys.find(&self.slots, secret)) else {
                 return false;
             };
             match in_force.facts.terms.get(slot.terms()) {
@@ -326,11 +329,12 @@ impl Gate {
         };
         let unknown = || refuse(self.failed_attempt(rule, request.client, Reason::UnknownKey, now));
         let refuse_for = |key: &Key<'_>, reason| self.refuse(rule.refusal_of(reason, key));
-        let Some((id, secret)) = snapshot.find(&self.slots, digest) else {
+        let Some(Found { id, slot: secret, hint }) = snapshot.find(&self.slots, digest) else {
             return unknown();
         };
-        // Asked for at once with the rest of the slot; an exchange, as each load of a pointer makes one, waits for it.
-        let windows = secret.windows.load();
+        let windows_of = |owner| hint.and_then(|hint| in_force.places.hinted(owner, hint.place()));
+        // Asked for while the slot is still on its way from the memory, as if it were the owner slot, which most are.
+        let windows = windows_of(id);
         let terms_id = secret.terms();
         // A slot in use has an owner; were it not so, the key could not be vouched for. The second look at the digest is for
         // terms of another secret that came into this slot between the first and the terms.
@@ -338,14 +342,15 @@ impl Gate {
         let (Some((owner, slot)), true) = (key, secret.holds(digest)) else {
             return unknown();
         };
+        let windows = if owner == id { windows } else { windows_of(owner) };
         let brief = rule.facts.terms.brief(terms_id);
-        let windows = if owner == id { windows } else { slot.windows.load() };
         let key = Key {
             owner,
             slot,
             terms_id,
             brief,
             secret,
+            hint,
             digest,
             in_authorization,
         };
@@ -366,7 +371,7 @@ impl Gate {
         &self,
         rule: &Rule<'_>,
         key: &Key<'_>,
-        windows: Guard<Option<Arc<KeyWindows>>>,
+        windows: Option<KeyWindows<'_>>,
         now: Now,
     ) -> Result<Permit, Refusal> {
         let brief = key.brief;
@@ -387,10 +392,20 @@ impl Gate {
             return refuse(Reason::NotReady);
         };
         if self.shares_limits {
-            return self.take_shared(rule, key, windows, plan, limit, now);
+            return self.take_shared(rule, key, plan, limit, now);
         }
-        match self.take_permit(rule, key, windows, plan, limit, now) {
-            Ok((taken, in_flight)) => {
+        let at_once = windows.filter(|_| plan.max_in_flight.is_none());
+        let taken = at_once.and_then(|windows| windows.take(rule.tier.id, limit, now.elapsed_ns).ok());
+        let (outcome, in_flight) = match taken {
+            Some(outcome) => (outcome, None),
+            None => match self.take_otherwise(rule, key, windows, plan, limit, now) {
+                Some(taken) => taken,
+                None => return refuse(Reason::TooManyInFlight),
+            },
+        };
+        match outcome {
+            Outcome::Taken { taken, newly_active } => {
+                self.note_active(key.owner, newly_active);
                 let counted = Counted {
                     limit,
                     remaining: taken.remaining,
@@ -398,8 +413,10 @@ impl Gate {
                 };
                 rule.permit(key, counted, in_flight, None, now)
             }
-            Err(NotTaken::TooManyInFlight) => refuse(Reason::TooManyInFlight),
-            Err(NotTaken::Limited { retry_after_s, reset_s }) => Err(rule.limited(key, limit, retry_after_s, reset_s)),
+            Outcome::Limited { retry_after_s, reset_s } => {
+                self.slots.mark(key.owner, Mark::Permits);
+                Err(rule.limited(key, limit, retry_after_s, reset_s))
+            }
         }
     }
 
@@ -410,80 +427,102 @@ impl Gate {
         }
     }
 
-    #[inline(always)]
-    fn take_permit(
+    /// Takes a permit where the windows could not be had at once, where they have to be begun or replaced, or where requests
+    /// under way count. `None`: there are too many of those.
+    #[inline(never)]
+    fn take_otherwise(
         &self,
         rule: &Rule<'_>,
         key: &Key<'_>,
-        mut loaded: Guard<Option<Arc<KeyWindows>>>,
+        windows: Option<KeyWindows<'_>>,
         plan: &Plan,
         limit: Limit,
         now: Now,
-    ) -> Result<(Taken, Option<InFlight>), NotTaken> {
-        let tier = rule.tier.id;
-        loop {
-            let made;
-            let windows = match &*loaded {
-                Some(windows) => windows,
-                None => {
-                    made = self.windows_of(key, tier, limit, now);
-                    &made
-                }
-            };
+    ) -> Option<(Outcome, Option<InFlight>)> {
+        let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
+        let take = |windows: KeyWindows<'_>| {
             // The place under the cap is reserved before the permit is taken, because a permit cannot be given back.
-            let entered = plan.max_in_flight.map(|cap| windows.enter(cap));
-            let in_flight = (entered == Some(true)).then(|| InFlight::entered(windows.clone()));
-            let outcome = if entered == Some(false) {
-                match windows.peek(tier, limit, now.elapsed_ns) {
-                    Ok(None) => return Err(NotTaken::TooManyInFlight),
-                    Ok(Some(refused)) => Ok(refused),
-                    Err(GivenBack) => Err(GivenBack),
+            let entered = plan.max_in_flight.map(|most| windows.enter(most));
+            if let Some(None) = entered {
+                return Ok(windows.peek(tier, limit, now_ns)?.map(|refused| (refused, None)));
+            }
+            Ok(Some((windows.take(tier, limit, now_ns)?, entered.flatten())))
+        };
+        let taken = windows.map(take).and_then(Result::ok);
+        taken.unwrap_or_else(|| self.on_windows_of(key, tier, limit, now, take))
+    }
+
+    /// [`Gate::on_windows`] of a key to which no hint led; now one does.
+    #[cold]
+    #[inline(never)]
+    fn on_windows_of<R>(
+        &self,
+        key: &Key<'_>,
+        tier: NameId,
+        limit: Limit,
+        now: Now,
+        act: impl FnMut(KeyWindows<'_>) -> Result<R, GivenBack>,
+    ) -> R {
+        let done = self.on_windows(key.owner, tier, limit, now, act);
+        if let Some(hint) = key.hint {
+            hint.correct(self.slots.place(key.owner));
+        }
+        done
+    }
+
+    /// Runs `act` on the windows of the key in slot `owner`, begun if there are none; again where they were given back.
+    fn on_windows<R>(
+        &self,
+        owner: SlotId,
+        tier: NameId,
+        limit: Limit,
+        now: Now,
+        mut act: impl FnMut(KeyWindows<'_>) -> Result<R, GivenBack>,
+    ) -> R {
+        loop {
+            let done = self.with_place(owner, |in_force, place| match in_force.places.at(owner, place) {
+                Some(windows) => match act(windows) {
+                    Ok(done) => Some(done),
+                    Err(GivenBack) => {
+                        // Whoever gave them back does so, too; nobody waits for it.
+                        let _ = self.slots.set_place(owner, place, NO_PLACE);
+                        None
+                    }
+                },
+                None => {
+                    self.begin_windows(in_force, owner, tier, limit, now);
+                    None
                 }
-            } else {
-                windows.take(tier, limit, now.elapsed_ns)
-            };
-            match outcome {
-                Ok(Outcome::Taken { taken, newly_active }) => {
-                    self.note_active(key.owner, newly_active);
-                    return Ok((taken, in_flight));
-                }
-                Ok(Outcome::Limited { retry_after_s, reset_s }) => {
-                    self.slots.mark(key.owner, Mark::Permits);
-                    return Err(NotTaken::Limited { retry_after_s, reset_s });
-                }
-                Err(GivenBack) => loaded = self.without(key.slot, &loaded),
+            });
+            if let Some(done) = done {
+                return done;
             }
         }
     }
 
-    /// Takes windows that were given back out of the key's cell, and loads what is there then. Whoever gave them back does
-    /// so, too; nobody waits for it.
-    #[cold]
-    fn without(&self, slot: &Slot, given_back: &Guard<Option<Arc<KeyWindows>>>) -> Guard<Option<Arc<KeyWindows>>> {
-        if given_back.is_some() {
-            slot.windows.compare_and_swap(given_back, None);
+    /// Runs `act` on the place of a key's windows, or [`NO_PLACE`], and on what was in force when the key had it.
+    fn with_place<R>(&self, owner: SlotId, act: impl FnOnce(&InForce, PlaceId) -> R) -> R {
+        loop {
+            let in_force = self.in_force.load();
+            let place = self.slots.place(owner);
+            if self.is_in_force(&in_force) {
+                return act(&in_force, place);
+            }
         }
-        slot.windows.load()
     }
 
-    /// The windows of a key, made if it has none.
-    #[cold]
-    fn windows_of(&self, key: &Key<'_>, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
-        self.windows_in(key.slot, key.owner, tier, limit, now)
-    }
-
-    /// The windows that an owner slot leads to, put in if there are none.
-    fn windows_in(&self, slot: &Slot, owner: SlotId, tier: NameId, limit: Limit, now: Now) -> Arc<KeyWindows> {
-        let made = Arc::new(KeyWindows::new(tier, limit, now.elapsed_ns));
-        let before = slot
-            .windows
-            .compare_and_swap(&None::<Arc<KeyWindows>>, Some(made.clone()));
-        match &*before {
-            Some(windows) => windows.clone(),
-            None => {
+    /// Begins windows of a key that has none, unless somebody else does, or room has to be made first.
+    fn begin_windows(&self, in_force: &InForce, owner: SlotId, tier: NameId, limit: Limit, now: Now) {
+        let Some((place, windows)) = in_force.places.claim(owner, tier, limit, now.elapsed_ns) else {
+            let make_room = |in_force: &mut InForce| in_force.places = in_force.places.with_room(owner, limit);
+            return self.put_in_force(make_room, Unused::default());
+        };
+        match self.slots.set_place(owner, NO_PLACE, place) {
+            Ok(()) => {
+                windows.set_owner(owner);
                 self.slots.mark(owner, Mark::Live);
-                made
             }
+            Err(_) => in_force.places.free(owner, place),
         }
     }
 
@@ -531,12 +570,6 @@ struct Rule<'a> {
     environments: Option<&'a scope::NameSet>,
 }
 
-/// Why no permit was taken.
-enum NotTaken {
-    TooManyInFlight,
-    Limited { retry_after_s: u32, reset_s: u32 },
-}
-
 /// The key that a request carries.
 struct Key<'a> {
     owner: SlotId,
@@ -547,6 +580,8 @@ struct Key<'a> {
     brief: &'a Brief,
     /// The slot of that secret.
     secret: &'a Slot,
+    /// What led to the windows, or did not.
+    hint: Option<&'a Hint>,
     digest: &'a SecretDigest,
     /// Whether it came in `Authorization`.
     in_authorization: bool,

@@ -1,36 +1,52 @@
-//! Ways from secrets to slots: a `DashMap` of pages, each for some twenty secrets whose digests begin alike.
+//! Ways from secrets to slots: a `DashMap` of pages, each for some dozen secrets whose digests begin alike.
 //!
 //! One secret to an entry would be a map whose own index, at a million secrets, lies in memory and not in the
-//! processor's cache: a decision would wait once for the index and again for the entry. The index of pages is a fifteenth
-//! of that. A page is two cache lines, asked for together: the tags of its secrets, and the numbers of their slots.
+//! processor's cache: a decision would wait once for the index and again for the entry. The index of pages is an eleventh
+//! of that. A page is two cache lines, asked for together: the tags of its secrets, the numbers of their slots, and where
+//! the windows of their keys were when somebody last looked, so that those are asked for together with the slots.
 //!
 //! A tag is two bytes of the digest; the whole of it is compared in the slot. Chance does not deal evenly: secrets that
-//! find their page full, one in some hundred, lie in a small map of their own.
+//! find their page full, one in fifty, lie in a small map of their own.
 //!
-//! Nothing is changed once it is built: what is published is a read-only view, whose lookups take no lock.
+//! Nothing but these hints is changed once it is built: what is published is a read-only view, whose lookups take no lock.
 
 use super::key::SecretDigest;
 use super::parts;
+use super::places::{NO_PLACE, PlaceId};
 use super::slots::{NONE, Slot, SlotId, Slots};
 use dashmap::{DashMap, ReadOnlyView};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
-/// Places in a page: as many as fill two cache lines, with the page's number.
-const PLACES: usize = 20;
+/// Secrets that a page has room for: as many as fill two cache lines, with the page's number.
+const PLACES: usize = 15;
 /// Secrets to a page on average. More would fill more pages, fewer would leave more of them empty.
-const AVERAGE: usize = 15;
+const AVERAGE: usize = 11;
 /// Where more than one secret in so many found its page full, there are too few pages.
 const SPILLED_AT_MOST: usize = 8;
 
 #[derive(Clone, Debug)]
 #[repr(C)]
 struct Page {
-    /// Two bytes for each place.
-    tags: [u8; PLACES * 2],
-    /// [`NONE`] in a free place.
+    /// [`NONE`] where there is no secret.
     slots: [SlotId; PLACES],
+    tags: [u16; PLACES],
+    hints: [Hint; PLACES],
     /// Secrets of this page lie in the map for those.
     spilled: bool,
+}
+
+/// The place of a key's windows, as it was; among those of the key's owner slot. Relaxed: nothing is believed on the strength of it.
+#[derive(Debug)]
+pub(super) struct Hint(AtomicU16);
+
+/// Where a secret is, and where its key's windows may be.
+#[derive(Clone, Copy)]
+pub(super) struct Found<'s> {
+    pub id: SlotId,
+    pub slot: &'s Slot,
+    /// Absent where the secret's page was full.
+    pub hint: Option<&'s Hint>,
 }
 
 /// Ways from secrets to slots, never changed again.
@@ -55,21 +71,22 @@ const SHARDS: usize = 2;
 
 impl Secrets {
     /// The slot that holds the secret, if any.
-    #[inline]
-    pub fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
+    #[inline(always)]
+    pub fn find<'s>(&'s self, slots: &'s Slots, digest: &SecretDigest) -> Option<Found<'s>> {
         let (part, number) = place_of(digest, self.pages.len(), self.numbers);
         let page = self.pages.get(part)?.get(&number)?;
         page.fetch();
-        let holding = |id: SlotId| {
-            let slot = slots.get(id)?;
-            slot.fetch();
-            slot.holds(digest).then_some((id, slot))
+        let holding = |id: SlotId, hint| {
+            let slot = slots.get(id).filter(|slot| slot.holds(digest))?;
+            Some(Found { id, slot, hint })
         };
-        if let Some(found) = page.find(tag_of(digest), holding) {
+        if let Some(found) = page.find(tag_of(digest), |place| {
+            holding(page.slots[place], Some(&page.hints[place]))
+        }) {
             return Some(found);
         }
         if page.spilled {
-            return self.spilled.get(&digest.0).copied().and_then(holding);
+            return self.spilled.get(&digest.0).and_then(|id| holding(*id, None));
         }
         None
     }
@@ -107,18 +124,18 @@ impl SecretsBuilder {
     pub fn put(&mut self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
         let (part, number) = place_of(digest, self.pages.len(), self.numbers);
         let tag = tag_of(digest);
-        let mut page = self.pages[part].entry(number).or_insert(Page::EMPTY);
+        let mut page = self.pages[part].entry(number).or_insert_with(Page::empty);
         let same = |held: SlotId| {
             let holds = || slots.get(held).is_some_and(|slot| slot.holds(digest));
             (held == id || holds()).then_some(held)
         };
         let spilled = || self.spilled.get(&digest.0).and_then(|held| same(*held));
-        if let Some(held) = page.find(tag, same).or_else(spilled) {
+        if let Some(held) = page.find(tag, |place| same(page.slots[place])).or_else(spilled) {
             return held == id;
         }
         self.len += 1;
         match page.slots.iter().position(|held| *held == NONE) {
-            Some(place) => page.fill(place, tag, id),
+            Some(place) => page.fill(place, tag, id, hint_for(slots, id)),
             None => {
                 page.spilled = true;
                 drop(page);
@@ -137,7 +154,7 @@ impl SecretsBuilder {
         if let Some(mut page) = self.pages[part].get_mut(&number)
             && let Some(place) = page.slots.iter().position(|held| *held == id)
         {
-            page.fill(place, 0, NONE);
+            page.fill(place, 0, NONE, NO_PLACE);
             self.len -= 1;
         } else if self.spilled.remove_if(&digest.0, |_, held| *held == id).is_some() {
             self.len -= 1;
@@ -180,44 +197,70 @@ impl From<&Secrets> for SecretsBuilder {
     }
 }
 
+impl Hint {
+    /// The place where the windows may be.
+    #[inline(always)]
+    pub fn place(&self) -> PlaceId {
+        self.0.load(Relaxed)
+    }
+
+    /// Says where they are.
+    pub fn correct(&self, place: PlaceId) {
+        self.0.store(place, Relaxed);
+    }
+}
+
+impl Clone for Hint {
+    fn clone(&self) -> Self {
+        Hint(AtomicU16::new(self.place()))
+    }
+}
+
 impl Page {
-    const EMPTY: Page = Page {
-        tags: [0; PLACES * 2],
-        slots: [NONE; PLACES],
-        spilled: false,
-    };
+    fn empty() -> Self {
+        Page {
+            slots: [NONE; PLACES],
+            tags: [0; PLACES],
+            hints: [const { Hint(AtomicU16::new(NO_PLACE)) }; PLACES],
+            spilled: false,
+        }
+    }
 
     /// Asks the memory for the second of the page's cache lines, so that both come at once.
-    #[inline]
+    #[inline(always)]
     fn fetch(&self) {
         std::hint::black_box(self.spilled);
     }
 
-    /// What `accept` makes of the first slot with this tag that it accepts.
-    #[inline]
-    fn find<R>(&self, tag: u16, accept: impl Fn(SlotId) -> Option<R>) -> Option<R> {
-        const LANE: u64 = 0x0001_0001_0001_0001;
-        for (word, four) in self.tags.chunks_exact(8).enumerate() {
-            let differing = u64::from_le_bytes(four.try_into().unwrap_or_default()) ^ (u64::from(tag) * LANE);
-            // The top bit of every lane that is 0 (and of some above one: what they lead to is compared anyway).
-            let mut same = differing.wrapping_sub(LANE) & !differing & (LANE << 15);
-            while same != 0 {
-                let id = self.slots[word * 4 + same.trailing_zeros() as usize / 16];
-                if id != NONE
-                    && let Some(found) = accept(id)
-                {
-                    return Some(found);
-                }
-                same &= same - 1;
+    /// What `accept` makes of the first secret with this tag that it accepts.
+    #[inline(always)]
+    fn find<R>(&self, tag: u16, accept: impl Fn(usize) -> Option<R>) -> Option<R> {
+        // All are compared, whichever it is: the processor could not guess where to stop.
+        let mut same = 0_u32;
+        for (place, held) in self.tags.iter().enumerate() {
+            same |= u32::from(*held == tag) << place;
+        }
+        while same != 0 {
+            let place = same.trailing_zeros() as usize;
+            if let Some(found) = accept(place) {
+                return Some(found);
             }
+            same &= same - 1;
         }
         None
     }
 
-    fn fill(&mut self, place: usize, tag: u16, id: SlotId) {
-        self.tags[place * 2..place * 2 + 2].copy_from_slice(&tag.to_le_bytes());
+    fn fill(&mut self, place: usize, tag: u16, id: SlotId, windows: PlaceId) {
+        self.tags[place] = tag;
         self.slots[place] = id;
+        self.hints[place] = Hint(AtomicU16::new(windows));
     }
+}
+
+/// The place of the windows of the key whose secret is in this slot.
+fn hint_for(slots: &Slots, id: SlotId) -> PlaceId {
+    let owner = slots.get(id).and_then(|slot| slot.owner(id));
+    owner.map_or(NO_PLACE, |owner| slots.place(owner))
 }
 
 /// The map that a digest's page is in, and the page's number.
@@ -303,7 +346,7 @@ mod tests {
             assert_eq!(secrets.len(), SECRETS as usize / 2);
             assert_eq!(secrets.slots().count(), SECRETS as usize / 2);
             for id in 0..SECRETS + 100 {
-                let found = secrets.find(&slots, &digest(id)).map(|(found, _)| found);
+                let found = secrets.find(&slots, &digest(id)).map(|found| found.id);
                 assert_eq!(found, (SECRETS / 2..SECRETS).contains(&id).then_some(id), "{id}");
             }
         }
@@ -325,7 +368,7 @@ mod tests {
         }
         let secrets = builder.build();
         for n in 0..41 {
-            let found = secrets.find(&slots, &digest(n)).map(|(found, _)| found);
+            let found = secrets.find(&slots, &digest(n)).map(|found| found.id);
             assert_eq!(found, (n < 40).then_some(n.into()));
         }
     }

@@ -3,7 +3,7 @@
 //! They belong to the key, not to its record: a refresh, a rotation or a changed limit finds the same windows.
 //!
 //! # Protocol
-//! The first tier's window lies in [`KeyWindows`] itself, so that a key used in one tier costs one cache miss;
+//! The first tier's window lies in the key's [`Place`] (`places.rs`), so that a key used in one tier costs one cache miss;
 //! further ones, and replacements, are pushed on `more`, newest first. For one tier the newest window counts;
 //! older ones are closed and give no permits.
 //! - **Replace** (another window length, or a limit that the packed form cannot hold): close the newest window of
@@ -11,7 +11,7 @@
 //!   thread that loses searches again and finds the winner's. Closing is final and the counts of a closed window
 //!   no longer change, so every would-be successor holds all of them.
 //! - **Give back**: close every window if all are idle, then swap the head of `more` to a sentinel. Only if that
-//!   succeeds, after which nothing can be pushed, is the whole [`KeyWindows`] taken out of the key's slot. A
+//!   succeeds, after which nothing can be pushed, does the key's slot forget the place. A
 //!   request that meets the sentinel looks the slot up again. If a push came first, the closed windows are
 //!   replaced on demand like any other.
 //! - **Reserve**: where the limit is shared with other gates, a [`Reservation`] for the tier is pushed on `more` like a
@@ -20,27 +20,53 @@
 use super::limit::Limit;
 use super::reservation::{Reservation, Spend};
 use super::scope::{NameId, NameSet};
-use super::window::{Refused, Taken, Window, WindowCounts};
+use super::slots::{NONE, SlotId};
+use super::window::{Refused, Shape, Taken, Window, WindowCounts, WindowRef, Words};
 use arc_swap::ArcSwapOption;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{
+    AtomicU16, AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 
-/// The windows of one key: one cache line, which no other key's share, and the rings behind it.
+/// Where a key's windows lie: one cache line, which no other key's share.
 #[derive(Debug)]
 #[repr(C, align(64))]
-pub(super) struct KeyWindows {
-    first: TierWindow,
+pub(super) struct Place {
+    words: Words,
+    /// That of the first window: `[length in ms:32 | largest limit:32]`.
+    shape: AtomicU64,
+    undrained: Undrained,
     more: ArcSwapOption<Node>,
-    /// Requests under way. Relaxed everywhere: it is a counter that guards no other memory.
-    in_flight: AtomicU32,
-    first_tier: NameId,
+    /// Requests under way, counted only where a plan limits them; a count of its own, because requests may outlive the
+    /// place. Relaxed: it guards no other memory.
+    in_flight: ArcSwapOption<AtomicU32>,
+    /// The key's slot, once it has the place's number; before that [`NONE`], at the end [`LEFT`].
+    owner: AtomicU32,
+    first_tier: AtomicU16,
+}
+
+/// No slot's number, as there are not so many.
+const LEFT: SlotId = NONE - 1;
+
+/// The windows of one key, in a place that is theirs for as long as what they were found by is held.
+#[derive(Clone, Copy)]
+pub(super) struct KeyWindows<'a> {
+    place: &'a Place,
+    ring: &'a [AtomicU64],
 }
 
 #[derive(Debug)]
-#[repr(C)]
 struct TierWindow {
     window: Window,
     undrained: Undrained,
+}
+
+/// A tier's window, in the place or in a node.
+#[derive(Clone, Copy)]
+struct TierRef<'a> {
+    window: WindowRef<'a, 60>,
+    undrained: &'a Undrained,
 }
 
 #[derive(Debug)]
@@ -59,9 +85,9 @@ enum Held {
 }
 
 impl Node {
-    fn window(&self) -> Option<&TierWindow> {
+    fn window(&self) -> Option<TierRef<'_>> {
         match &self.held {
-            Held::Window(own) => Some(own),
+            Held::Window(own) => Some(own.by_ref()),
             _ => None,
         }
     }
@@ -82,16 +108,16 @@ impl Undrained {
     /// Counts a permit. Whether there was nothing before it.
     #[inline]
     fn add_permit(&self) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed) == 0
+        self.0.fetch_add(1, Relaxed) == 0
     }
 
     fn add_refusal(&self) {
-        self.0.fetch_add(1 << Self::PERMITS, Ordering::Relaxed);
+        self.0.fetch_add(1 << Self::PERMITS, Relaxed);
     }
 
     /// Takes permits and refusals.
     fn take(&self) -> (u64, u64) {
-        let counts = self.0.swap(0, Ordering::Relaxed);
+        let counts = self.0.swap(0, Relaxed);
         (counts & ((1 << Self::PERMITS) - 1), counts >> Self::PERMITS)
     }
 }
@@ -127,23 +153,91 @@ pub(super) enum SharedOutcome {
     Dry,
 }
 
-impl KeyWindows {
-    /// Windows of a key that is first used in this tier now.
-    pub fn new(tier: NameId, limit: Limit, now_ns: u64) -> Self {
-        KeyWindows {
-            first: TierWindow::new(Window::new(limit, now_ns)),
+impl Place {
+    /// One that is free.
+    pub fn empty() -> Self {
+        Place {
+            words: Words::closed(),
+            shape: AtomicU64::new(0),
+            undrained: Undrained::default(),
             more: ArcSwapOption::empty(),
-            in_flight: AtomicU32::new(0),
-            first_tier: tier,
+            in_flight: ArcSwapOption::empty(),
+            owner: AtomicU32::new(NONE),
+            first_tier: AtomicU16::new(u16::MAX),
+        }
+    }
+}
+
+impl<'a> KeyWindows<'a> {
+    /// Those of this place, and of the ring that goes with it.
+    #[inline(always)]
+    pub fn new(place: &'a Place, ring: &'a [AtomicU64]) -> Self {
+        KeyWindows { place, ring }
+    }
+
+    /// Begins windows of a key that is first used in this tier now. Nobody else has the place.
+    pub fn begin(self, tier: NameId, limit: Limit, now_ns: u64) {
+        let place = self.place;
+        let shape = Shape::of_ring::<60>(limit, self.ring.len());
+        let shape = u64::from(shape.window_ms) << 32 | u64::from(shape.most);
+        place.shape.store(shape, Relaxed);
+        place.first_tier.store(tier.0, Relaxed);
+        self.first().window.begin(limit, now_ns);
+    }
+
+    /// Whether they are those of the key in slot `owner`.
+    #[inline(always)]
+    pub fn are_of(self, owner: SlotId) -> bool {
+        self.place.owner.load(Acquire) == owner
+    }
+
+    /// Says whose they are, for those whom a hint leads here; unless they were given back meanwhile. Release: whoever finds
+    /// the owner finds them begun.
+    pub fn set_owner(self, owner: SlotId) {
+        let _ = self.place.owner.compare_exchange(NONE, owner, Release, Relaxed);
+    }
+
+    /// Says that they were given back: no hint leads to them from now on.
+    pub fn leave(self) {
+        self.place.owner.store(LEFT, Release);
+    }
+
+    /// Makes the place as good as new. Nobody is in it, and the meter has been told of everything.
+    pub fn clear(self) {
+        let place = self.place;
+        if place.more.load().is_some() {
+            place.more.store(None);
+        }
+        if place.in_flight.load().is_some() {
+            place.in_flight.store(None);
+        }
+        place.owner.store(NONE, Relaxed);
+    }
+
+    #[inline(always)]
+    fn first(self) -> TierRef<'a> {
+        let shape = self.place.shape.load(Relaxed);
+        let shape = Shape {
+            window_ms: (shape >> 32) as u32,
+            most: shape as u32,
+        };
+        TierRef {
+            window: WindowRef::new(&self.place.words, shape, self.ring),
+            undrained: &self.place.undrained,
         }
     }
 
-    /// One permit from the tier's window. Allocates only at the first use of a tier and at a replacement.
     #[inline(always)]
-    pub fn take(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<Outcome, GivenBack> {
+    fn first_tier(self) -> NameId {
+        NameId(self.place.first_tier.load(Relaxed))
+    }
+
+    /// One permit from the tier's window. Allocates only at the first use of a further tier and at a replacement.
+    #[inline(always)]
+    pub fn take(self, tier: NameId, limit: Limit, now_ns: u64) -> Result<Outcome, GivenBack> {
         // What `on_window` begins with, here for the compiler's sake: it is what nearly all decisions come to.
-        if self.first_tier == tier
-            && let Ok(outcome) = self.first.take(limit, now_ns)
+        if self.first_tier() == tier
+            && let Ok(outcome) = self.first().take(limit, now_ns)
         {
             return Ok(outcome);
         }
@@ -153,7 +247,7 @@ impl KeyWindows {
     /// One permit of a limit that is shared with other gates, from `reservation`. Allocates nothing. `tell`: somebody has
     /// to be told that more is wanted.
     pub fn take_shared(
-        &self,
+        self,
         reservation: &Reservation,
         tier: NameId,
         limit: Limit,
@@ -190,7 +284,7 @@ impl KeyWindows {
 
     /// Records a permit that a reservation gave: in the window, as far as it holds it, and for the meter. Whether the key
     /// is newly active.
-    pub fn record(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<bool, GivenBack> {
+    pub fn record(self, tier: NameId, limit: Limit, now_ns: u64) -> Result<bool, GivenBack> {
         self.on_window(tier, limit, now_ns, |own| match own.window.take(limit, 1, now_ns) {
             Err(Refused::Retired | Refused::Outgrown) => Err(Replace),
             // The shared count is the one that matters, and it is a little finer than the window's.
@@ -199,7 +293,7 @@ impl KeyWindows {
     }
 
     /// Counts a refusal.
-    pub fn add_refusal(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<(), GivenBack> {
+    pub fn add_refusal(self, tier: NameId, limit: Limit, now_ns: u64) -> Result<(), GivenBack> {
         self.on_window(tier, limit, now_ns, |own| {
             own.undrained.add_refusal();
             Ok(())
@@ -208,13 +302,13 @@ impl KeyWindows {
 
     /// The tier's reservation for windows of the limit's length, made if there is none.
     pub fn reservation(
-        &self,
+        self,
         tier: NameId,
         limit: Limit,
         make: impl Fn() -> Reservation,
     ) -> Result<Arc<Reservation>, GivenBack> {
         loop {
-            let head = self.more.load();
+            let head = self.place.more.load();
             let mut next = head.as_ref();
             while let Some(node) = next {
                 match &node.held {
@@ -230,12 +324,12 @@ impl KeyWindows {
                 held: Held::Reservation(Arc::new(make())),
                 next: head.clone(),
             };
-            self.more.compare_and_swap(&head, Some(Arc::new(node)));
+            self.place.more.compare_and_swap(&head, Some(Arc::new(node)));
         }
     }
 
     /// Whether a permit could be had now; spends nothing. `Ok(None)`: it could.
-    pub fn peek(&self, tier: NameId, limit: Limit, now_ns: u64) -> Result<Option<Outcome>, GivenBack> {
+    pub fn peek(self, tier: NameId, limit: Limit, now_ns: u64) -> Result<Option<Outcome>, GivenBack> {
         self.on_window(tier, limit, now_ns, |own| match own.window.peek(limit, 1, now_ns) {
             Ok(()) => Ok(None),
             Err(refused) => limited(refused).map(Some),
@@ -245,16 +339,16 @@ impl KeyWindows {
     /// Runs `act` on the newest window of the tier, made or replaced first where need be.
     #[inline]
     fn on_window<R>(
-        &self,
+        self,
         tier: NameId,
         limit: Limit,
         now_ns: u64,
-        act: impl Fn(&TierWindow) -> Result<R, Replace>,
+        act: impl Fn(TierRef<'_>) -> Result<R, Replace>,
     ) -> Result<R, GivenBack> {
         // A window is closed before it has a successor and before it is given back, so one that serves is the newest,
         // and `more` need not be looked at.
-        if self.first_tier == tier
-            && let Ok(result) = act(&self.first)
+        if self.first_tier() == tier
+            && let Ok(result) = act(self.first())
         {
             return Ok(result);
         }
@@ -264,18 +358,18 @@ impl KeyWindows {
     /// [`KeyWindows::on_window`] where the first one does not serve.
     #[inline(never)]
     fn on_later_window<R>(
-        &self,
+        self,
         tier: NameId,
         limit: Limit,
         now_ns: u64,
-        act: impl Fn(&TierWindow) -> Result<R, Replace>,
+        act: impl Fn(TierRef<'_>) -> Result<R, Replace>,
     ) -> Result<R, GivenBack> {
         loop {
-            let head = self.more.load();
+            let head = self.place.more.load();
             if head.as_ref().is_some_and(|node| node.is_sentinel()) {
                 return Err(GivenBack);
             }
-            let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier == tier).then_some(&self.first));
+            let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier() == tier).then(|| self.first()));
             if let Some(own) = found
                 && let Ok(result) = act(own)
             {
@@ -291,25 +385,25 @@ impl KeyWindows {
                 next: head.clone(),
             };
             // Failing means that another thread pushed first: search again, and drop ours.
-            self.more.compare_and_swap(&head, Some(Arc::new(node)));
+            self.place.more.compare_and_swap(&head, Some(Arc::new(node)));
         }
     }
 
-    /// Reserves a place under the concurrency cap; `false` where all are taken.
-    pub fn enter(&self, max_in_flight: u32) -> bool {
-        let entered = self.in_flight.fetch_add(1, Ordering::Relaxed) < max_in_flight;
-        if !entered {
-            self.leave();
+    /// A place under the concurrency cap; `None` where all are taken. Allocates at the first use.
+    pub fn enter(self, max_in_flight: u32) -> Option<InFlight> {
+        loop {
+            let held = self.place.in_flight.load();
+            if let Some(count) = &*held {
+                let before = count.fetch_add(1, Relaxed);
+                let entered = InFlight(count.clone());
+                return (before < max_in_flight).then_some(entered);
+            }
+            self.place.in_flight.compare_and_swap(&held, Some(Arc::default()));
         }
-        entered
-    }
-
-    fn leave(&self) {
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Takes the counts of permits and refusals since the last call.
-    pub fn drain(&self, mut each: impl FnMut(NameId, u64, u64)) {
+    pub fn drain(self, mut each: impl FnMut(NameId, u64, u64)) {
         self.for_each(|tier, own| {
             let (permits, refused) = own.undrained.take();
             if (permits, refused) != (0, 0) {
@@ -318,15 +412,8 @@ impl KeyWindows {
         });
     }
 
-    /// Whether the meter has been told of everything.
-    pub fn is_drained(&self) -> bool {
-        let mut drained = true;
-        self.for_each(|_, own| drained = drained && own.undrained.0.load(Ordering::Relaxed) == 0);
-        drained
-    }
-
     /// The counts of every tier's newest window, each in `counts`, which is used again.
-    pub fn export(&self, now_ns: u64, counts: &mut WindowCounts, mut each: impl FnMut(NameId, u64, &WindowCounts)) {
+    pub fn export(self, now_ns: u64, counts: &mut WindowCounts, mut each: impl FnMut(NameId, u64, &WindowCounts)) {
         let mut seen = NameSet::default();
         self.for_each(|tier, own| {
             if !seen.contains(tier) {
@@ -338,13 +425,13 @@ impl KeyWindows {
     }
 
     /// Puts counts of an earlier process into a tier's window, beside what it holds.
-    pub fn restore(&self, tier: NameId, limit: Limit, counts: &WindowCounts, now_ns: u64) -> Result<(), GivenBack> {
+    pub fn restore(self, tier: NameId, limit: Limit, counts: &WindowCounts, now_ns: u64) -> Result<(), GivenBack> {
         loop {
-            let head = self.more.load();
+            let head = self.place.more.load();
             if head.as_ref().is_some_and(|node| node.is_sentinel()) {
                 return Err(GivenBack);
             }
-            let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier == tier).then_some(&self.first));
+            let found = newest(head.as_ref(), tier).or_else(|| (self.first_tier() == tier).then(|| self.first()));
             let mut all = counts.clone();
             if let Some(own) = found {
                 all.merge(&own.window.close_and_export());
@@ -355,7 +442,7 @@ impl KeyWindows {
                 held: Held::Window(TierWindow::new(window)),
                 next: head.clone(),
             };
-            let before = self.more.compare_and_swap(&head, Some(Arc::new(node)));
+            let before = self.place.more.compare_and_swap(&head, Some(Arc::new(node)));
             if same(before.as_ref(), head.as_ref()) {
                 return Ok(());
             }
@@ -364,27 +451,28 @@ impl KeyWindows {
 
     /// Gives all windows back if none has counted anything within its length and no request is under way.
     /// `true`: nothing can be taken from them any more, and the slot must forget them.
-    pub fn give_back_if_idle(&self, now_ns: u64) -> bool {
-        if self.in_flight.load(Ordering::Relaxed) != 0 {
+    pub fn give_back_if_idle(self, now_ns: u64) -> bool {
+        let in_flight = self.place.in_flight.load();
+        if in_flight.as_ref().is_some_and(|count| count.load(Relaxed) != 0) {
             return false;
         }
-        let head = self.more.load_full();
+        let head = self.place.more.load_full();
         let mut all_idle = true;
         self.for_each(|_, own| all_idle = all_idle && own.window.retire_if_idle(now_ns));
         if !all_idle {
             return false;
         }
         let closed = Arc::new(Node {
-            tier: self.first_tier,
+            tier: self.first_tier(),
             held: Held::Nothing,
             next: head.clone(),
         });
-        let before = self.more.compare_and_swap(&head, Some(closed));
+        let before = self.place.more.compare_and_swap(&head, Some(closed));
         same(before.as_ref(), head.as_ref())
     }
 
-    fn for_each(&self, mut each: impl FnMut(NameId, &TierWindow)) {
-        let head = self.more.load();
+    fn for_each(self, mut each: impl FnMut(NameId, TierRef<'_>)) {
+        let head = self.place.more.load();
         let mut next = head.as_ref();
         while let Some(node) = next {
             if let Some(own) = node.window() {
@@ -392,7 +480,7 @@ impl KeyWindows {
             }
             next = node.next.as_ref();
         }
-        each(self.first_tier, &self.first);
+        each(self.first_tier(), self.first());
     }
 }
 
@@ -411,7 +499,7 @@ fn limited(refused: Refused) -> Result<Outcome, Replace> {
     }
 }
 
-fn newest(head: Option<&Arc<Node>>, tier: NameId) -> Option<&TierWindow> {
+fn newest(head: Option<&Arc<Node>>, tier: NameId) -> Option<TierRef<'_>> {
     let mut next = head;
     while let Some(node) = next {
         if node.tier == tier
@@ -440,8 +528,17 @@ impl TierWindow {
         }
     }
 
+    fn by_ref(&self) -> TierRef<'_> {
+        TierRef {
+            window: self.window.by_ref(),
+            undrained: &self.undrained,
+        }
+    }
+}
+
+impl TierRef<'_> {
     #[inline(always)]
-    fn take(&self, limit: Limit, now_ns: u64) -> Result<Outcome, Replace> {
+    fn take(self, limit: Limit, now_ns: u64) -> Result<Outcome, Replace> {
         match self.window.take(limit, 1, now_ns) {
             Ok(taken) => Ok(Outcome::Taken {
                 taken,
@@ -456,20 +553,13 @@ impl TierWindow {
     }
 }
 
-/// A place under a key's concurrency cap, given back when dropped.
+/// A request's part of the count of those under way, given back when dropped.
 #[derive(Debug)]
-pub(super) struct InFlight(Arc<KeyWindows>);
-
-impl InFlight {
-    /// The place that [`KeyWindows::enter`] reserved in `windows`.
-    pub fn entered(windows: Arc<KeyWindows>) -> Self {
-        InFlight(windows)
-    }
-}
+pub(super) struct InFlight(Arc<AtomicU32>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.leave();
+        self.0.fetch_sub(1, Relaxed);
     }
 }
 
@@ -479,7 +569,7 @@ mod tests {
 
     #[test]
     fn what_a_permit_touches_is_one_cache_line() {
-        assert_eq!((size_of::<KeyWindows>(), align_of::<KeyWindows>()), (64, 64));
+        assert_eq!((size_of::<Place>(), align_of::<Place>()), (64, 64));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! When memory that readers may be looking at can be used again.
 //!
 //! A reader holds what is in force when its request comes, for one decision. A writer that takes something out of use (a
-//! slot, a map, the number of terms) first puts something else in force, and lays what it replaced in this queue, with the slots that can be
+//! slot, a map, the number of terms, a place of windows) first puts something else in force, and lays what it replaced in this queue, with the slots that can be
 //! reached through it and nothing later. An `ArcSwap` that is written to turns every reader's hold on the old value into
 //! a count of its `Arc`, so when an entry's `Arc` is ours alone, the last reader of that moment has left; when it is so
 //! for all entries up to one, nobody is in its slots. Readers wait for nothing, and writers do not wait for them: what
@@ -9,6 +9,8 @@
 //!
 //! It also keeps the freeing of a replaced map away from requests: the last to drop it is always a writer.
 
+use super::key::KeyId;
+use super::places::HeldPlace;
 use super::slots::SlotId;
 use super::snapshot::InForce;
 use super::terms::TermsId;
@@ -24,6 +26,15 @@ pub(super) struct Retired(VecDeque<(Arc<InForce>, Unused)>);
 pub(super) struct Unused {
     pub slots: Vec<SlotId>,
     pub terms: Vec<TermsId>,
+    pub windows: Vec<LeftWindows>,
+}
+
+/// Windows that were given back. Who came before may still count in them.
+#[derive(Debug)]
+pub(super) struct LeftWindows {
+    pub key_id: KeyId,
+    pub environment: Arc<str>,
+    pub place: HeldPlace,
 }
 
 impl Retired {
@@ -32,15 +43,18 @@ impl Retired {
         self.0.push_back((replaced, unused));
     }
 
-    /// What no reader can be in any more.
-    pub fn take_free(&mut self) -> Unused {
-        let mut free = Unused::default();
+    /// What no reader can be in any more; and what was in force, for the caller to drop when the queue is locked no more,
+    /// which may take a while.
+    pub fn take_free(&mut self) -> (Unused, Vec<InForce>) {
+        let (mut free, mut left) = (Unused::default(), vec![]);
         while let Some((replaced, mut unused)) = self.0.pop_front() {
             match Arc::try_unwrap(replaced) {
                 // That acquires what the readers did before they left.
-                Ok(_) => {
+                Ok(replaced) => {
+                    left.push(replaced);
                     free.slots.append(&mut unused.slots);
                     free.terms.append(&mut unused.terms);
+                    free.windows.append(&mut unused.windows);
                 }
                 Err(replaced) => {
                     self.0.push_front((replaced, unused));
@@ -48,6 +62,6 @@ impl Retired {
                 }
             }
         }
-        free
+        (free, left)
     }
 }

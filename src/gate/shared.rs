@@ -2,14 +2,12 @@
 
 use super::limit::Limit;
 use super::policy::Plan;
-use super::quota::{GivenBack, InFlight, KeyWindows, Outcome, SharedOutcome};
+use super::quota::{KeyWindows, Outcome, SharedOutcome};
 use super::reservation::Reservation;
 use super::slots::Mark;
 use super::verdict::{Counted, Permit, Reason, Refusal, Wanted};
 use super::{Gate, Key, Rule};
 use crate::clock::Now;
-use arc_swap::Guard;
-use std::sync::Arc;
 
 impl Gate {
     /// Counts a refusal that was not the last word when it was made ([`Refusal::wanted`]) and is now.
@@ -18,13 +16,8 @@ impl Gate {
             return;
         };
         let Some(tier) = route.tier() else { return };
-        let Some(slot) = self.slots.get(wanted.owner) else {
-            return;
-        };
-        let windows = slot.windows.load();
-        if let Some(windows) = &*windows
-            && windows.add_refusal(tier.id, counted.limit, now.elapsed_ns).is_ok()
-        {
+        let add = |windows: KeyWindows<'_>| windows.add_refusal(tier.id, counted.limit, now.elapsed_ns);
+        if self.with_windows(wanted.owner, add).is_some_and(|added| added.is_ok()) {
             self.slots.mark(wanted.owner, Mark::Permits);
         }
     }
@@ -35,89 +28,62 @@ impl Gate {
         &self,
         rule: &Rule<'_>,
         key: &Key<'_>,
-        mut loaded: Guard<Option<Arc<KeyWindows>>>,
         plan: &Plan,
         limit: Limit,
         now: Now,
     ) -> Result<Permit, Refusal> {
         let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
         let limited = |retry_after_s, reset_s| rule.limited(key, limit, retry_after_s, reset_s);
-        let mut spent = None;
-        loop {
-            let made;
-            let windows = match &*loaded {
-                Some(windows) => windows,
-                None => {
-                    made = self.windows_of(key, tier, limit, now);
-                    &made
-                }
-            };
-            if spent.is_none() {
-                let make = || Reservation::new(self.slots.key_id(key.owner).as_str(), &rule.tier.name, limit);
-                let reservation = match windows.reservation(tier, limit, make) {
-                    Ok(reservation) => reservation,
-                    Err(GivenBack) => {
-                        loaded = self.without(key.slot, &loaded);
-                        continue;
-                    }
+        let make = || Reservation::new(self.slots.key_id(key.owner).as_str(), &rule.tier.name, limit);
+        let mut tell = false;
+        let (in_flight, reservation, outcome) = self.on_windows(key.owner, tier, limit, now, |windows| {
+            let reservation = windows.reservation(tier, limit, make)?;
+            let entered = plan.max_in_flight.map(|most| windows.enter(most));
+            if let Some(None) = entered {
+                return Ok((None, reservation, None));
+            }
+            let outcome = windows.take_shared(&reservation, tier, limit, now_ns, &mut tell)?;
+            Ok((entered.flatten(), reservation, Some(outcome)))
+        });
+        let (remaining, reset_s) = match outcome {
+            None => return self.refuse(rule.refusal_of(Reason::TooManyInFlight, key)),
+            Some(SharedOutcome::Limited { retry_after_s }) => {
+                self.slots.mark(key.owner, Mark::Permits);
+                return Err(limited(retry_after_s, retry_after_s));
+            }
+            Some(SharedOutcome::Dry) => {
+                let mut refusal = limited(1, reservation.reset_s(now_ns));
+                refusal.wanted = Some(Wanted {
+                    reservation,
+                    tell,
+                    owner: key.owner,
+                });
+                return Err(refusal);
+            }
+            Some(SharedOutcome::Alone(Outcome::Limited { retry_after_s, reset_s })) => {
+                self.slots.mark(key.owner, Mark::Permits);
+                return Err(limited(retry_after_s, reset_s));
+            }
+            Some(SharedOutcome::Alone(Outcome::Taken { taken, newly_active })) => {
+                self.note_active(key.owner, newly_active);
+                let counted = Counted {
+                    limit,
+                    remaining: taken.remaining,
+                    reset_s: taken.reset_s,
                 };
-                let entered = plan.max_in_flight.map(|cap| windows.enter(cap));
-                if entered == Some(false) {
-                    return self.refuse(rule.refusal_of(Reason::TooManyInFlight, key));
-                }
-                let in_flight = entered.map(|_| InFlight::entered(windows.clone()));
-                let mut tell = false;
-                match windows.take_shared(&reservation, tier, limit, now_ns, &mut tell) {
-                    Err(GivenBack) => {
-                        loaded = self.without(key.slot, &loaded);
-                        continue;
-                    }
-                    Ok(SharedOutcome::Limited { retry_after_s }) => {
-                        self.slots.mark(key.owner, Mark::Permits);
-                        return Err(limited(retry_after_s, retry_after_s));
-                    }
-                    Ok(SharedOutcome::Dry) => {
-                        let mut refusal = limited(1, reservation.reset_s(now_ns));
-                        refusal.wanted = Some(Wanted {
-                            reservation,
-                            tell,
-                            owner: key.owner,
-                        });
-                        return Err(refusal);
-                    }
-                    Ok(SharedOutcome::Alone(Outcome::Limited { retry_after_s, reset_s })) => {
-                        self.slots.mark(key.owner, Mark::Permits);
-                        return Err(limited(retry_after_s, reset_s));
-                    }
-                    Ok(SharedOutcome::Alone(Outcome::Taken { taken, newly_active })) => {
-                        self.note_active(key.owner, newly_active);
-                        let counted = Counted {
-                            limit,
-                            remaining: taken.remaining,
-                            reset_s: taken.reset_s,
-                        };
-                        return rule.permit(key, counted, in_flight, None, now);
-                    }
-                    Ok(SharedOutcome::Spent { remaining, reset_s }) => {
-                        let counted = Counted {
-                            limit,
-                            remaining: remaining.min(limit.permits()),
-                            reset_s,
-                        };
-                        spent = Some(rule.permit(key, counted, in_flight, tell.then_some(reservation), now));
-                    }
-                }
+                return rule.permit(key, counted, in_flight, None, now);
             }
-            // What was spent is recorded, if need be in windows that came after.
-            match windows.record(tier, limit, now_ns) {
-                Err(GivenBack) => loaded = self.without(key.slot, &loaded),
-                Ok(newly_active) => {
-                    self.note_active(key.owner, newly_active);
-                    if let Some(permit) = spent.take() {
-                        return permit;
-                    }
-                }
-            }
-        }
+            Some(SharedOutcome::Spent { remaining, reset_s }) => (remaining.min(limit.permits()), reset_s),
+        };
+        // What was spent is recorded, if need be in windows that came after.
+        let record = |windows: KeyWindows<'_>| windows.record(tier, limit, now_ns);
+        let newly_active = self.on_windows(key.owner, tier, limit, now, record);
+        self.note_active(key.owner, newly_active);
+        let counted = Counted {
+            limit,
+            remaining,
+            reset_s,
+        };
+        rule.permit(key, counted, in_flight, tell.then_some(reservation), now)
     }
 }

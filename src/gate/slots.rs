@@ -1,14 +1,14 @@
-//! The memory of the keys: one 72-byte slot per secret, in chunks that never move, named by a number.
+//! The memory of the keys: one slot per secret, a cache line each, in chunks that never move, named by a number.
 //!
 //! Slots outlive snapshots, because windows do. The first secret of a key lies in the key's *owner* slot, which also
-//! holds the key's id and what leads to its windows; further secrets (a rotation's) lie in slots that point to it. What
-//! few slots have, and no decision asks for, lies in maps beside them.
+//! holds the key's id and leads to its windows (`places.rs`); further secrets (a rotation's) lie in slots that point to it.
+//! What few slots have, and no decision asks for, lies in maps beside them.
 //!
 //! # Who may touch what
 //! A reader finds a slot by what is in force (`snapshot.rs`) and holds on to that for one decision. A writer works on
 //! slots that readers are in, so:
 //! - what changes while a slot is in use changes as one atomic each: the number of the terms (all that may be said of
-//!   the secret, at once: `terms.rs`) and the pointer to the key's windows;
+//!   the secret, at once: `terms.rs`) and that of the place of the key's windows;
 //! - a secret is taken out by zeroing its digest, and put in with the digest last. The words of a digest are stored with
 //!   release and loaded with acquire, so whoever finds all of a digest finds the terms that were stored before it, or
 //!   later ones of the same secret. One that is caught half-way matches nobody's secret;
@@ -17,12 +17,11 @@
 //! - a slot is given to another key only after the last reader who could be in it has left (`retired.rs`).
 
 use super::key::{KeyId, SecretDigest, ShortId};
-use super::quota::KeyWindows;
+use super::places::{NO_PLACE, PlaceId};
 use super::terms::{NO_TERMS, TermsId};
-use arc_swap::ArcSwapOption;
 use std::collections::HashMap;
 use std::sync::atomic::{
-    AtomicU32, AtomicU64,
+    AtomicU16, AtomicU32, AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -32,7 +31,7 @@ pub(super) type SlotId = u32;
 /// No slot.
 pub(super) const NONE: SlotId = u32::MAX;
 
-/// A little less than 2.25 MiB of slots, because the allocator hands out pieces of this size in whole units of 256 KiB: a
+/// A little less than 2 MiB of slots, because the allocator hands out pieces of this size in whole units of 256 KiB: a
 /// round number of slots, of which each piece has something of its own to say besides, would cost one unit more. Larger
 /// chunks save a hundredth, and cost every small gate as much as they are large. A multiple of the 64 marks in a word.
 const CHUNK: usize = 32_704;
@@ -52,6 +51,8 @@ pub(super) struct Slots {
 #[derive(Debug)]
 struct Chunk {
     slots: Box<[Slot]>,
+    /// The places of the keys' windows, of owner slots.
+    places: Box<[AtomicU16]>,
     permits: Bitmap,
     changed: Bitmap,
     live: Bitmap,
@@ -59,13 +60,11 @@ struct Chunk {
 
 /// One secret, and the key itself where it is the owner.
 #[derive(Debug)]
-#[repr(C)]
+#[repr(C, align(64))]
 pub(super) struct Slot {
     digest: [AtomicU64; 4],
     /// What kind of slot it is, in the first byte, and the id of the key or the number of its owner slot.
     name: [AtomicU64; 3],
-    /// The windows of the key; only of an owner slot.
-    pub windows: ArcSwapOption<KeyWindows>,
     terms: AtomicU32,
     /// Unix time of the last permit, in seconds; 0 for none yet.
     pub last_used_s: AtomicU32,
@@ -101,14 +100,33 @@ impl Slots {
         self.chunk(id)?.slots.get(id as usize % CHUNK)
     }
 
+    /// The place of the windows of the key in slot `owner`, or [`NO_PLACE`].
+    pub fn place(&self, owner: SlotId) -> PlaceId {
+        self.place_cell(owner).map_or(NO_PLACE, |place| place.load(Acquire))
+    }
+
+    /// Changes the place of a key's windows.
+    ///
+    /// # Errors
+    /// What it is, where that is not `before`.
+    pub fn set_place(&self, owner: SlotId, before: PlaceId, after: PlaceId) -> Result<(), PlaceId> {
+        let cell = self.place_cell(owner).ok_or(NO_PLACE)?;
+        cell.compare_exchange(before, after, AcqRel, Acquire).map(|_| ())
+    }
+
+    fn place_cell(&self, owner: SlotId) -> Option<&AtomicU16> {
+        self.chunk(owner)?.places.get(owner as usize % CHUNK)
+    }
+
     /// Makes room for the slot `id`. `false`: beyond what the table can hold.
     pub fn allocate(&self, id: SlotId) -> bool {
-        let Some(cell) = self.chunks.get(id as usize / CHUNK) else {
+        let Some(cell) = self.chunks.get(chunk_of(id)) else {
             return false;
         };
         cell.get_or_init(|| {
             Box::new(Chunk {
                 slots: (0..CHUNK).map(|_| Slot::empty()).collect(),
+                places: (0..CHUNK).map(|_| AtomicU16::new(NO_PLACE)).collect(),
                 permits: Bitmap::empty(),
                 changed: Bitmap::empty(),
                 live: Bitmap::empty(),
@@ -192,8 +210,14 @@ impl Slots {
 
     #[inline]
     fn chunk(&self, id: SlotId) -> Option<&Chunk> {
-        self.chunks.get(id as usize / CHUNK)?.get().map(|chunk| &**chunk)
+        self.chunks.get(chunk_of(id))?.get().map(|chunk| &**chunk)
     }
+}
+
+/// The chunk that a slot is in.
+#[inline]
+pub(super) fn chunk_of(id: SlotId) -> usize {
+    id as usize / CHUNK
 }
 
 impl Chunk {
@@ -238,19 +262,11 @@ impl Slot {
         let slot = Slot {
             digest: Default::default(),
             name: Default::default(),
-            windows: ArcSwapOption::const_empty(),
             terms: AtomicU32::new(NO_TERMS),
             last_used_s: AtomicU32::new(0),
         };
         slot.set_name([[FREE; 8]; 3]);
         slot
-    }
-
-    /// Asks the memory for the end of the slot, which lies in another cache line than its beginning, so that both come at
-    /// once.
-    #[inline]
-    pub fn fetch(&self) {
-        std::hint::black_box(self.last_used_s.load(Relaxed));
     }
 
     /// The number of what may be said of the secret, or [`NO_TERMS`].
@@ -343,9 +359,6 @@ impl Slot {
     fn clear(&self) {
         self.take_out();
         self.set_name([[FREE; 8]; 3]);
-        if self.windows.load().is_some() {
-            self.windows.store(None);
-        }
     }
 }
 
@@ -369,8 +382,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_is_72_bytes() {
-        assert_eq!(size_of::<Slot>(), 72);
+    fn a_slot_is_a_cache_line() {
+        assert_eq!(size_of::<Slot>(), 64);
     }
 
     #[test]

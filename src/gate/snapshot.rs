@@ -16,7 +16,8 @@
 //! What is in the map is in `pages.rs`.
 
 use super::key::SecretDigest;
-use super::pages::{Secrets, SecretsBuilder};
+use super::pages::{Found, Secrets, SecretsBuilder};
+use super::places::Places;
 use super::policy::Policy;
 use super::slots::{Slot, SlotId, Slots};
 use super::terms::Known;
@@ -29,6 +30,8 @@ pub(super) struct InForce {
     pub facts: Arc<Facts>,
     /// Absent before the first full snapshot.
     pub snapshot: Option<Snapshot>,
+    /// Where windows lie.
+    pub places: Places,
 }
 
 /// What outlives a decision in its permit: little beside the keys, which must not be kept for as long as a request takes.
@@ -59,8 +62,8 @@ impl Snapshot {
     }
 
     /// The slot that holds the secret, if any.
-    #[inline]
-    pub fn find<'s>(&self, slots: &'s Slots, digest: &SecretDigest) -> Option<(SlotId, &'s Slot)> {
+    #[inline(always)]
+    pub fn find<'s>(&'s self, slots: &'s Slots, digest: &SecretDigest) -> Option<Found<'s>> {
         let found = self.base.find(slots, digest);
         match &self.recent {
             Some(recent) if found.is_none() => recent.find(slots, digest),

@@ -5,6 +5,7 @@
 
 use super::Gate;
 use super::key::SecretDigest;
+use super::places::NO_PLACE;
 use super::retired::Unused;
 use super::scope::TooManyNames;
 use super::slots::{Slot, SlotId};
@@ -194,7 +195,7 @@ impl Gate {
         for secret in &update.secrets {
             let digest = SecretDigest(secret.digest);
             let held = snapshot.find(&self.slots, &digest);
-            if held.is_some_and(|(id, slot)| slot.owner(id) != known) {
+            if held.is_some_and(|held| held.slot.owner(held.id) != known) {
                 return Err(KeyError::SecretTaken { id: update.id.clone() });
             }
             if wanted.iter().all(|(other, _)| *other != digest) {
@@ -358,15 +359,27 @@ impl Gate {
 
     /// Makes free what nobody can be in any more. Called while reclaiming.
     pub(super) fn use_again(&self, writer: &mut Writer) {
-        let free = self.retired.lock().unwrap_or_else(|e| e.into_inner()).take_free();
+        let (free, _left) = self.retired.lock().unwrap_or_else(|e| e.into_inner()).take_free();
         writer.terms.use_again(free.terms);
+        self.keep_counts_of_left(&free.windows);
+        free.windows.iter().for_each(|left| left.place.free());
         for id in free.slots {
             if let Some(slot) = self.slots.get(id).filter(|slot| slot.owner(id) == Some(id)) {
                 // What was counted after the key was forgotten, by requests that came before.
                 self.keep_counts_of(id, slot);
+                self.forget_windows(id);
             }
             writer.free(&self.slots, id);
         }
+    }
+
+    /// Makes the place of a key's windows free, in whose slot nobody can be.
+    fn forget_windows(&self, owner: SlotId) {
+        self.with_place(owner, |in_force, place| {
+            if place != NO_PLACE && self.slots.set_place(owner, place, NO_PLACE).is_ok() {
+                in_force.places.free(owner, place);
+            }
+        });
     }
 
     fn take_out(&self, writer: &mut Writer, id: SlotId) {

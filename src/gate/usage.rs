@@ -4,17 +4,16 @@
 
 use super::Gate;
 use super::key::KeyId;
+use super::places::NO_PLACE;
 use super::quota::KeyWindows;
+use super::retired::{LeftWindows, Unused};
 use super::slots::{Mark, Slot, SlotId};
+use super::snapshot::InForce;
 use super::verdict::{REASON_CODES, Reason};
 use super::window::WindowCounts;
 use crate::clock::Now;
 use std::sync::Arc;
-use std::sync::atomic::{
-    AtomicU64,
-    Ordering::{Acquire, Relaxed},
-    fence,
-};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Permits of one key in one tier since the last drain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,8 +78,6 @@ impl RefusalCounts {
 pub(super) struct Leftovers {
     permits: Vec<PermitUse>,
     secrets: Vec<SecretUse>,
-    /// Windows that a request may still be counting in.
-    leaving: Vec<(KeyId, Arc<str>, Arc<KeyWindows>)>,
 }
 
 impl Gate {
@@ -90,27 +87,18 @@ impl Gate {
         // Slots are not given back meanwhile.
         let reclaiming = self.reclaiming();
         self.slots.drain(Mark::Permits, |owner, slot| {
-            let windows = slot.windows.load();
-            let Some(windows) = &*windows else {
+            let drained = self.with_windows(owner, |windows| self.drain_key(owner, slot, windows, each, each_secret));
+            if drained.is_none() {
                 return;
-            };
-            self.drain_key(owner, slot, windows, each, each_secret);
+            }
             // The journal's mark was made when the count left zero, and may have been taken since.
             self.slots.mark(owner, Mark::Windows);
         });
         drop(reclaiming);
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
-        leftovers.permits.drain(..).for_each(&mut *each);
-        leftovers.secrets.drain(..).for_each(each_secret);
-        leftovers.leaving.retain(|(key_id, environment, windows)| {
-            // Alone with them, nobody can count any more: what is there now is all there will be.
-            let alone = Arc::strong_count(windows) == 1;
-            self.drain_windows_of(key_id, environment, windows, each);
-            !alone
-        });
-        if leftovers.leaving.is_empty() {
-            leftovers.leaving.shrink_to_fit();
-        }
+        // Taken with the memory: there may be very many after a busy hour, and few for long.
+        std::mem::take(&mut leftovers.permits).into_iter().for_each(&mut *each);
+        std::mem::take(&mut leftovers.secrets).into_iter().for_each(each_secret);
     }
 
     /// Takes the refusals since the last call, but for those of a tier's limit.
@@ -127,18 +115,16 @@ impl Gate {
     pub fn drain_windows(&self, now: Now, each: &mut dyn FnMut(WindowState<'_>)) {
         let _reclaiming = self.reclaiming();
         let mut counts = WindowCounts::default();
-        self.slots.drain(Mark::Windows, |owner, slot| {
-            let windows = slot.windows.load();
-            let Some(windows) = &*windows else {
-                return;
-            };
-            let key_id = self.slots.key_id(owner);
-            windows.export(now.elapsed_ns, &mut counts, |tier, window_ms, counts| {
-                each(WindowState {
-                    key_id: key_id.as_str(),
-                    tier: &self.names.tiers.name(tier),
-                    window_ms,
-                    counts,
+        self.slots.drain(Mark::Windows, |owner, _| {
+            self.with_windows(owner, |windows| {
+                let key_id = self.slots.key_id(owner);
+                windows.export(now.elapsed_ns, &mut counts, |tier, window_ms, counts| {
+                    each(WindowState {
+                        key_id: key_id.as_str(),
+                        tier: &self.names.tiers.name(tier),
+                        window_ms,
+                        counts,
+                    });
                 });
             });
         });
@@ -159,12 +145,8 @@ impl Gate {
             let plan = plan.map_or_else(|| policy.base(), |plan| policy.plan(plan));
             // A tier that is in no settings any more has no limit to count against.
             let Some(limit) = plan.limit(tier) else { return };
-            loop {
-                let windows = self.windows_in(slot, owner, tier, limit, now);
-                if windows.restore(tier, limit, counts, now.elapsed_ns).is_ok() {
-                    break;
-                }
-            }
+            let restore = |windows: KeyWindows<'_>| windows.restore(tier, limit, counts, now.elapsed_ns);
+            self.on_windows(owner, tier, limit, now, restore);
             self.slots.mark(owner, Mark::Windows);
         });
     }
@@ -176,59 +158,84 @@ impl Gate {
         self.with_writer(|writer| {
             let _reclaiming = self.reclaiming();
             self.use_again(writer);
-            let mut live = vec![];
+            let (mut live, mut left) = (vec![], vec![]);
             self.slots.drain(Mark::Live, |owner, slot| {
-                let Some(windows) = slot.windows.load_full() else {
-                    return;
-                };
-                if !windows.give_back_if_idle(now.elapsed_ns) {
+                let (place, held) =
+                    self.with_place(owner, |in_force, place| (place, in_force.places.hold(owner, place)));
+                let Some(held) = held else { return };
+                if !held.windows().give_back_if_idle(now.elapsed_ns) {
                     live.push(owner);
                     return;
                 }
-                slot.windows.compare_and_swap(&Some(windows.clone()), None);
-                self.keep_leaving(owner, slot, windows);
+                // A request that met them closed may have done the first step, too.
+                let _ = self.slots.set_place(owner, place, NO_PLACE);
+                held.windows().leave();
+                left.push(LeftWindows {
+                    key_id: self.slots.key_id(owner),
+                    environment: self.environment_of(slot),
+                    place: held,
+                });
             });
             live.into_iter().for_each(|owner| self.slots.mark(owner, Mark::Live));
+            if !left.is_empty() {
+                self.keep_counts_of_left(&left);
+                let unused = Unused {
+                    windows: left,
+                    ..Unused::default()
+                };
+                self.put_in_force(|_| (), unused);
+                self.use_again(writer);
+            }
+            if self.in_force.load().places.has_empty_cells() {
+                let leave_out = |in_force: &mut InForce| in_force.places = in_force.places.without_empty_cells();
+                self.put_in_force(leave_out, Unused::default());
+                self.use_again(writer);
+            }
         });
+    }
+
+    /// Keeps what was counted in windows that were given back.
+    pub(super) fn keep_counts_of_left(&self, left: &[LeftWindows]) {
+        let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
+        for LeftWindows {
+            key_id,
+            environment,
+            place,
+        } in left
+        {
+            self.drain_windows_of(key_id, environment, place.windows(), &mut |permits| {
+                leftovers.permits.push(permits);
+            });
+        }
+    }
+
+    /// Runs `act` on the windows of the key in slot `owner`, if it has any.
+    pub(super) fn with_windows<R>(&self, owner: SlotId, act: impl FnOnce(KeyWindows<'_>) -> R) -> Option<R> {
+        self.with_place(owner, |in_force, place| in_force.places.at(owner, place).map(act))
     }
 
     /// Keeps what a key has counted, because it is being forgotten.
     pub(super) fn keep_counts_of(&self, owner: SlotId, slot: &Slot) {
-        let Some(windows) = slot.windows.load_full() else {
-            return;
-        };
         let mut kept = Leftovers::default();
-        self.drain_key(
-            owner,
-            slot,
-            &windows,
-            &mut |permits| kept.permits.push(permits),
-            &mut |secret| kept.secrets.push(secret),
-        );
+        self.with_windows(owner, |windows| {
+            self.drain_key(
+                owner,
+                slot,
+                windows,
+                &mut |permits| kept.permits.push(permits),
+                &mut |secret| kept.secrets.push(secret),
+            );
+        });
         let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
         leftovers.permits.append(&mut kept.permits);
         leftovers.secrets.append(&mut kept.secrets);
-    }
-
-    /// Keeps windows that were given back for as long as somebody may count in them; mostly that is not at all.
-    fn keep_leaving(&self, owner: SlotId, slot: &Slot, windows: Arc<KeyWindows>) {
-        if Arc::strong_count(&windows) == 1 {
-            // What those who left have counted is seen from here on.
-            fence(Acquire);
-            if windows.is_drained() {
-                return;
-            }
-        }
-        let environment = self.environment_of(slot);
-        let mut leftovers = self.leftovers.lock().unwrap_or_else(|e| e.into_inner());
-        leftovers.leaving.push((self.slots.key_id(owner), environment, windows));
     }
 
     fn drain_key(
         &self,
         owner: SlotId,
         slot: &Slot,
-        windows: &KeyWindows,
+        windows: KeyWindows<'_>,
         each: &mut dyn FnMut(PermitUse),
         each_secret: &mut dyn FnMut(SecretUse),
     ) {
@@ -253,7 +260,7 @@ impl Gate {
         &self,
         key_id: &KeyId,
         environment: &Arc<str>,
-        windows: &KeyWindows,
+        windows: KeyWindows<'_>,
         each: &mut dyn FnMut(PermitUse),
     ) {
         windows.drain(|tier, permits, limited| {

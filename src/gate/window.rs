@@ -1,4 +1,4 @@
-//! The sliding window: one key's permits in one tier, exact, lock-free, in 144 to 528 bytes.
+//! The sliding window: one key's permits in one tier, exact, lock-free, in 152 to 536 bytes.
 //!
 //! # What it promises
 //! For a limit of L permits in any window of length W, for any number of threads and any clock readings:
@@ -27,9 +27,9 @@
 //! | `ring` | the counts of closed sub-buckets, each with its epoch, in K + 1 slots; an absent epoch has count 0 |
 //! | `oldest` | a hint: the low half of the number of the oldest sub-bucket with a permit in it |
 //!
-//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 528 bytes for up to
-//! 2,147,483,647 permits, 288 for up to 32,767, 208 for up to 1,023, 144 for up to 63; in windows of an hour and longer,
-//! 288 for up to 524,287, 208 for up to 8,191, 144 for up to 255. All but the ring lies together, so
+//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 536 bytes for up to
+//! 2,147,483,647 permits, 296 for up to 32,767, 216 for up to 1,023, 152 for up to 63; in windows of an hour and longer,
+//! 296 for up to 524,287, 216 for up to 8,191, 152 for up to 255. All but the ring lies together, so
 //! a permit touches one cache line while head stays in its sub-bucket, and one also where the window has rested for
 //! longer than it is long; any other advance, and a refusal, touch the ring.
 //!
@@ -80,17 +80,43 @@ use super::sync::{AtomicU32, AtomicU64, Ordering};
 /// The sliding window as the gate uses it, with sub-buckets of a sixtieth.
 pub type Window = SlidingWindow<60>;
 
-/// A sliding window of `K` sub-buckets. [`Window`] is the one to use; a model checker wants shorter rings.
+/// A sliding window of `K` sub-buckets, with a memory of its own. [`Window`] is the one to use; a model checker wants
+/// shorter rings.
 ///
-/// The common path stays within its 40 bytes, which fit into one cache line; whoever keeps several places each in a line
+/// The common path stays within 32 bytes of it, which fit into one cache line; whoever keeps several places each in a line
 /// of its own, so that threads with different keys do not disturb each other.
 #[repr(C)]
 pub struct SlidingWindow<const K: u64> {
+    words: Words,
+    shape: Shape,
+    ring: Box<[AtomicU64]>,
+}
+
+/// What changes with every permit.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct Words {
     head: AtomicU64,
     prior: AtomicU64,
-    window_ms: u32,
     oldest: AtomicU32,
-    ring: Box<[AtomicU64]>,
+}
+
+/// What a window is made for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub(super) struct Shape {
+    /// Its length.
+    pub window_ms: u32,
+    /// The largest limit that its counts can grow to.
+    pub most: u32,
+}
+
+/// A window, wherever its words and its ring lie.
+#[derive(Clone, Copy)]
+pub(super) struct WindowRef<'a, const K: u64> {
+    words: &'a Words,
+    shape: Shape,
+    ring: &'a [AtomicU64],
 }
 
 /// A permit, or several taken at once.
@@ -125,10 +151,7 @@ pub enum Refused {
 impl<const K: u64> SlidingWindow<K> {
     /// A window in which nothing was taken yet, as compact as the limit allows. Allocates once.
     pub fn new(limit: Limit, now_ns: u64) -> Self {
-        let epoch = Grid::<K>::new(window_ms(limit))
-            .epoch_at(ticks_at(now_ns))
-            .min(LAST_EPOCH);
-        Self::at(window_ms(limit), limit.permits(), epoch)
+        Self::at(window_ms(limit), limit.permits(), epoch_at::<K>(limit, now_ns))
     }
 
     /// Takes `cost` permits, all or none, at the clock reading `now_ns` (`clock::Now::elapsed_ns`).
@@ -140,12 +163,132 @@ impl<const K: u64> SlidingWindow<K> {
     /// See [`Refused`]; nothing was taken then.
     #[inline]
     pub fn take(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
+        self.by_ref().take(limit, cost, now_ns)
+    }
+
+    /// Whether `cost` permits could be taken now. Spends nothing.
+    ///
+    /// # Errors
+    /// As [`SlidingWindow::take`] would.
+    pub fn peek(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<(), Refused> {
+        self.by_ref().peek(limit, cost, now_ns)
+    }
+
+    /// How many permits count against a limit now; those of a closed window have gone elsewhere, so 0.
+    pub fn used(&self, now_ns: u64) -> u32 {
+        self.by_ref().used(now_ns)
+    }
+
+    /// Closes the window if no permit in it counts any more, so that it can be given back. Returns whether the window
+    /// is closed now; then [`SlidingWindow::take`] answers [`Refused::Retired`] for ever.
+    pub fn retire_if_idle(&self, now_ns: u64) -> bool {
+        self.by_ref().retire_if_idle(now_ns)
+    }
+
+    /// Whether the window is closed.
+    pub fn is_retired(&self) -> bool {
+        self.words.head.load(Ordering::Acquire) == CLOSED
+    }
+
+    /// The window's length in milliseconds.
+    pub fn window_ms(&self) -> u64 {
+        u64::from(self.shape.window_ms)
+    }
+
+    /// The memory that the window takes, in bytes: its own and its ring's.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(&*self.ring)
+    }
+
+    /// The words of the ring of a window of such a limit.
+    pub(super) fn ring_len(limit: Limit) -> usize {
+        ring_len::<K>(lanes_for::<K>(window_ms(limit), limit.permits()))
+    }
+
+    #[inline]
+    pub(super) fn by_ref(&self) -> WindowRef<'_, K> {
+        WindowRef {
+            words: &self.words,
+            shape: self.shape,
+            ring: &self.ring,
+        }
+    }
+
+    /// A window at an epoch, for counts up to `most`.
+    fn at(window_ms: u32, most: u32, epoch: u64) -> Self {
+        let lanes = lanes_for::<K>(window_ms, most);
+        SlidingWindow {
+            words: Words::at::<K>(epoch),
+            shape: Shape::new(window_ms, lanes),
+            ring: (0..ring_len::<K>(lanes)).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+}
+
+impl Words {
+    /// Those of a window that is closed.
+    pub fn closed() -> Self {
+        Words {
+            head: AtomicU64::new(CLOSED),
+            prior: AtomicU64::new(CLOSED),
+            oldest: AtomicU32::new(0),
+        }
+    }
+
+    fn at<const K: u64>(epoch: u64) -> Self {
+        Words {
+            head: AtomicU64::new(pack(epoch, 0)),
+            prior: AtomicU64::new(pack(epoch, 0)),
+            oldest: AtomicU32::new(before_all::<K>(epoch)),
+        }
+    }
+}
+
+impl Shape {
+    /// That of windows of the limit's length whose ring is so long.
+    pub fn of_ring<const K: u64>(limit: Limit, ring_len: usize) -> Self {
+        Self::new(window_ms(limit), lanes_of::<K>(ring_len))
+    }
+
+    fn new(window_ms: u32, lanes: u64) -> Self {
+        Shape {
+            window_ms,
+            most: capacity(lanes, window_ms),
+        }
+    }
+}
+
+impl<'a, const K: u64> WindowRef<'a, K> {
+    /// The window of these words and this ring, which are its own.
+    #[inline(always)]
+    pub fn new(words: &'a Words, shape: Shape, ring: &'a [AtomicU64]) -> Self {
+        WindowRef { words, shape, ring }
+    }
+
+    /// Makes it one in which nothing was taken yet. Nobody else has it: whoever hands it over synchronises.
+    pub fn begin(self, limit: Limit, now_ns: u64) {
+        let new = Words::at::<K>(epoch_at::<K>(limit, now_ns));
+        self.words
+            .head
+            .store(new.head.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.words
+            .prior
+            .store(new.prior.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.words
+            .oldest
+            .store(new.oldest.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.ring.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// [`SlidingWindow::take`].
+    #[inline(always)]
+    pub fn take(self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
         // By the limit's length rather than the window's, which would have to be waited for; they are compared first.
         let grid = Grid::<K>::new(window_ms(limit));
         let now = ticks_at(now_ns);
-        let head = self.head.load(Ordering::Acquire); // (1)
-        let prior = self.prior.load(Ordering::Acquire); // (1)
-        let hint = self.oldest.load(Ordering::Acquire);
+        let head = self.words.head.load(Ordering::Acquire); // (1)
+        let prior = self.words.prior.load(Ordering::Acquire); // (1)
+        let hint = self.words.oldest.load(Ordering::Acquire);
         // By prior's epoch, which is not as new as head often is in a busy window: the swap waits for what is reckoned from
         // head. Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
         let epoch = epoch_of(prior);
@@ -162,15 +305,12 @@ impl<const K: u64> SlidingWindow<K> {
         self.take_otherwise(limit, cost, now)
     }
 
-    /// Whether `cost` permits could be taken now. Spends nothing.
-    ///
-    /// # Errors
-    /// As [`SlidingWindow::take`] would.
-    pub fn peek(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<(), Refused> {
+    /// [`SlidingWindow::peek`].
+    pub fn peek(self, limit: Limit, cost: u32, now_ns: u64) -> Result<(), Refused> {
         let grid = self.grid_for(limit, cost)?;
         let now = ticks_at(now_ns);
         loop {
-            let head = self.head.load(Ordering::Acquire);
+            let head = self.words.head.load(Ordering::Acquire);
             if head == CLOSED {
                 return Err(Refused::Retired);
             }
@@ -178,7 +318,7 @@ impl<const K: u64> SlidingWindow<K> {
             if next > LAST_EPOCH {
                 return Err(END_OF_EPOCHS);
             }
-            let prior = self.prior.load(Ordering::Acquire);
+            let prior = self.words.prior.load(Ordering::Acquire);
             let sum = self.sum_before(next, head, prior);
             let counted = sum_of(sum, count_at(next, head), cost);
             if counted > u64::from(limit.permits()) {
@@ -194,16 +334,16 @@ impl<const K: u64> SlidingWindow<K> {
         }
     }
 
-    /// How many permits count against a limit now; those of a closed window have gone elsewhere, so 0.
-    pub fn used(&self, now_ns: u64) -> u32 {
-        let grid = Grid::<K>::new(self.window_ms);
+    /// [`SlidingWindow::used`].
+    pub fn used(self, now_ns: u64) -> u32 {
+        let grid = Grid::<K>::new(self.shape.window_ms);
         loop {
-            let head = self.head.load(Ordering::Acquire);
+            let head = self.words.head.load(Ordering::Acquire);
             if head == CLOSED {
                 return 0;
             }
             let next = grid.epoch_at(ticks_at(now_ns)).max(epoch_of(head));
-            let prior = self.prior.load(Ordering::Acquire);
+            let prior = self.words.prior.load(Ordering::Acquire);
             let counted = sum_of(self.sum_before(next, head, prior), count_at(next, head), 0);
             if self.still_in(epoch_of(head)) {
                 return counted as u32;
@@ -211,17 +351,16 @@ impl<const K: u64> SlidingWindow<K> {
         }
     }
 
-    /// Closes the window if no permit in it counts any more, so that it can be given back. Returns whether the window
-    /// is closed now; then [`SlidingWindow::take`] answers [`Refused::Retired`] for ever.
-    pub fn retire_if_idle(&self, now_ns: u64) -> bool {
-        let grid = Grid::<K>::new(self.window_ms);
+    /// [`SlidingWindow::retire_if_idle`].
+    pub fn retire_if_idle(self, now_ns: u64) -> bool {
+        let grid = Grid::<K>::new(self.shape.window_ms);
         loop {
-            let head = self.head.load(Ordering::Acquire);
+            let head = self.words.head.load(Ordering::Acquire);
             if head == CLOSED {
                 return true;
             }
             let next = grid.epoch_at(ticks_at(now_ns)).max(epoch_of(head));
-            let prior = self.prior.load(Ordering::Acquire);
+            let prior = self.words.prior.load(Ordering::Acquire);
             if sum_of(self.sum_before(next, head, prior), count_at(next, head), 0) > 0 {
                 // Whatever moved meanwhile took a permit or advanced: not idle, or to be seen next time.
                 return false;
@@ -232,65 +371,37 @@ impl<const K: u64> SlidingWindow<K> {
         }
     }
 
-    /// Whether the window is closed.
-    pub fn is_retired(&self) -> bool {
-        self.head.load(Ordering::Acquire) == CLOSED
-    }
-
     /// The window's length in milliseconds.
-    pub fn window_ms(&self) -> u64 {
-        u64::from(self.window_ms)
+    pub fn window_ms(self) -> u64 {
+        u64::from(self.shape.window_ms)
     }
 
-    /// The memory that the window takes, in bytes: its own and its ring's.
-    pub fn bytes(&self) -> usize {
-        size_of::<Self>() + size_of_val(&*self.ring)
-    }
-
-    /// A window at an epoch, for counts up to `most`.
-    fn at(window_ms: u32, most: u32, epoch: u64) -> Self {
-        let lanes = LANES
-            .into_iter()
-            .find(|&lanes| K.is_multiple_of(lanes) && most <= capacity(lanes, window_ms))
-            .unwrap_or(1);
-        SlidingWindow {
-            head: AtomicU64::new(pack(epoch, 0)),
-            prior: AtomicU64::new(pack(epoch, 0)),
-            window_ms,
-            // Too old to count, now and for as long as head moves on from here.
-            oldest: AtomicU32::new((epoch as u32).wrapping_sub(K as u32 + 1)),
-            ring: (0..K / lanes + 1).map(|_| AtomicU64::new(0)).collect(),
-        }
-    }
-
-    /// How many counts share a word of the ring: its length tells.
-    #[inline]
-    fn lanes(&self) -> u64 {
-        let groups = self.ring.len() as u64 - 1;
-        LANES.into_iter().find(|&lanes| groups * lanes == K).unwrap_or(1)
+    /// How many counts share a word of the ring.
+    fn lanes(self) -> u64 {
+        lanes_of::<K>(self.ring.len())
     }
 
     /// Whether the window is of the limit's length, and its counts can grow as far as the limit.
     #[inline]
-    fn can_serve(&self, limit: Limit) -> bool {
-        window_ms(limit) == self.window_ms && limit.permits() <= capacity(self.lanes(), self.window_ms)
+    fn can_serve(self, limit: Limit) -> bool {
+        window_ms(limit) == self.shape.window_ms && limit.permits() <= self.shape.most
     }
 
     /// The grid, if the window can serve the limit and the limit the cost.
-    fn grid_for(&self, limit: Limit, cost: u32) -> Result<Grid<K>, Refused> {
+    fn grid_for(self, limit: Limit, cost: u32) -> Result<Grid<K>, Refused> {
         if cost > limit.permits() {
             return Err(Refused::NeverFits);
         }
         if !self.can_serve(limit) {
             return Err(Refused::Outgrown);
         }
-        Ok(Grid::new(self.window_ms))
+        Ok(Grid::new(self.shape.window_ms))
     }
 
     /// A take that the common path did not finish, or lost to another thread. Apart, so that the common path keeps
     /// nothing for it.
     #[inline(never)]
-    fn take_otherwise(&self, limit: Limit, cost: u32, now: u64) -> Result<Taken, Refused> {
+    fn take_otherwise(self, limit: Limit, cost: u32, now: u64) -> Result<Taken, Refused> {
         let grid = self.grid_for(limit, cost)?;
         loop {
             if let Some(answer) = self.take_once(limit, cost, grid, now) {
@@ -301,20 +412,21 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// (1) Takes from head as it was loaded. The cost fits into the count's bits, as the limit does.
     #[inline]
-    fn swap_in(&self, head: u64, cost: u32) -> bool {
+    fn swap_in(self, head: u64, cost: u32) -> bool {
         let more = head + u64::from(cost);
-        self.head
+        self.words
+            .head
             .compare_exchange(head, more, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 
     /// One attempt at a take, in full: takes, refuses, mends prior on the way, or advances. `None`: look again.
-    fn take_once(&self, limit: Limit, cost: u32, grid: Grid<K>, now: u64) -> Option<Result<Taken, Refused>> {
-        let head = self.head.load(Ordering::Acquire); // (1)
+    fn take_once(self, limit: Limit, cost: u32, grid: Grid<K>, now: u64) -> Option<Result<Taken, Refused>> {
+        let head = self.words.head.load(Ordering::Acquire); // (1)
         if head == CLOSED {
             return Some(Err(Refused::Retired));
         }
-        let prior = self.prior.load(Ordering::Acquire);
+        let prior = self.words.prior.load(Ordering::Acquire);
         let epoch = epoch_of(head);
         let next = if now < grid.start_of(epoch + 1) {
             epoch
@@ -329,13 +441,13 @@ impl<const K: u64> SlidingWindow<K> {
         let fits = counted <= u64::from(limit.permits());
         if next == epoch {
             if epoch_of(prior) != epoch {
-                self.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
+                self.words.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
             }
             if !fits {
                 return self.refusal(epoch, counted, limit, grid, now).map(Err);
             }
         }
-        let hint = self.oldest.load(Ordering::Acquire);
+        let hint = self.words.oldest.load(Ordering::Acquire);
         let oldest = match Self::oldest_by(hint, next) {
             Some(oldest) => oldest,
             None if sum == 0 => next,
@@ -357,30 +469,32 @@ impl<const K: u64> SlidingWindow<K> {
     }
 
     /// (2) Moves head to `next`, before which `sum` permits count, with `first` permits in it. Whether it did.
-    fn advance(&self, head: u64, next: u64, sum: u32, first: u32) -> bool {
+    fn advance(self, head: u64, next: u64, sum: u32, first: u32) -> bool {
         if next - epoch_of(head) <= K || first == 0 {
             self.record(epoch_of(head), count_of(head)); // (3)
         }
         let moved = self
+            .words
             .head
             .compare_exchange(head, pack(next, first), Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
         if moved {
-            self.prior.fetch_max(pack(next, sum), Ordering::Release); // (4)
+            self.words.prior.fetch_max(pack(next, sum), Ordering::Release); // (4)
         }
         moved
     }
 
     /// (7) Whether it was this call that closed the window.
-    fn close(&self, head: u64) -> bool {
+    fn close(self, head: u64) -> bool {
         self.record(epoch_of(head), count_of(head)); // (3)
-        self.head
+        self.words
+            .head
             .compare_exchange(head, CLOSED, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 
     /// The permits in the K sub-buckets before `next`, which is head's epoch or later. Right if head does not move.
-    fn sum_before(&self, next: u64, head: u64, prior: u64) -> u32 {
+    fn sum_before(self, next: u64, head: u64, prior: u64) -> u32 {
         let (epoch, count) = (epoch_of(head), count_of(head));
         let steps = next - epoch;
         if steps > K {
@@ -401,9 +515,9 @@ impl<const K: u64> SlidingWindow<K> {
     /// (6) The refusal of a request for which `counted` permits, its own included, would count. `None`: head left
     /// `epoch`, so look again.
     #[inline(never)]
-    fn refusal(&self, epoch: u64, counted: u64, limit: Limit, grid: Grid<K>, now: u64) -> Option<Refused> {
+    fn refusal(self, epoch: u64, counted: u64, limit: Limit, grid: Grid<K>, now: u64) -> Option<Refused> {
         let excess = counted - u64::from(limit.permits());
-        let hint = self.oldest.load(Ordering::Acquire);
+        let hint = self.words.oldest.load(Ordering::Acquire);
         let from = Self::oldest_by(hint, epoch).unwrap_or(epoch.saturating_sub(K));
         // What the slots do not free, head's own count does: the cost alone is within the limit.
         let (mut oldest, mut last, mut freed) = (epoch, epoch, 0);
@@ -432,8 +546,8 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// The second look at head: whether what was read of prior and ring since head was in `epoch` was right.
     #[inline]
-    fn still_in(&self, epoch: u64) -> bool {
-        epoch_of(self.head.load(Ordering::Acquire)) == epoch
+    fn still_in(self, epoch: u64) -> bool {
+        epoch_of(self.words.head.load(Ordering::Acquire)) == epoch
     }
 
     /// The oldest counted epoch by the hint, where it still counts under a head at `epoch`.
@@ -449,17 +563,16 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// Notes the oldest epoch with a permit in it, after head was seen unmoved. Release, as every use of the hint ends
     /// in a look at head, too.
-    fn note_oldest(&self, oldest: u64) {
-        self.oldest.store(oldest as u32, Ordering::Release);
+    fn note_oldest(self, oldest: u64) {
+        self.words.oldest.store(oldest as u32, Ordering::Release);
     }
 }
 
 impl<const K: u64> std::fmt::Debug for SlidingWindow<K> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let head = self.head.load(Ordering::Acquire);
+        let head = self.words.head.load(Ordering::Acquire);
         let mut out = f.debug_struct("Window");
-        out.field("window_ms", &self.window_ms)
-            .field("capacity", &capacity(self.lanes(), self.window_ms));
+        out.field("shape", &self.shape);
         if head == CLOSED {
             out.field("closed", &true)
         } else {
@@ -479,6 +592,34 @@ const END_OF_EPOCHS: Refused = Refused::Limited {
 #[inline]
 fn window_ms(limit: Limit) -> u32 {
     limit.window_ms() as u32
+}
+
+/// The epoch of a clock reading in windows of the limit's length.
+fn epoch_at<const K: u64>(limit: Limit, now_ns: u64) -> u64 {
+    let grid = Grid::<K>::new(window_ms(limit));
+    grid.epoch_at(ticks_at(now_ns)).min(LAST_EPOCH)
+}
+
+/// Half of an epoch that is too old to count, now and for as long as head moves on from `epoch`.
+fn before_all<const K: u64>(epoch: u64) -> u32 {
+    (epoch as u32).wrapping_sub(K as u32 + 1)
+}
+
+/// How many counts can share a word of the ring where the largest of them is `most`.
+fn lanes_for<const K: u64>(window_ms: u32, most: u32) -> u64 {
+    let fits = |lanes: &u64| K.is_multiple_of(*lanes) && most <= capacity(*lanes, window_ms);
+    LANES.into_iter().find(fits).unwrap_or(1)
+}
+
+/// The words of a ring with so many counts to each.
+fn ring_len<const K: u64>(lanes: u64) -> usize {
+    (K / lanes + 1) as usize
+}
+
+/// How many counts share a word of a ring that is so long.
+fn lanes_of<const K: u64>(ring_len: usize) -> u64 {
+    let is_so_long = |lanes: &u64| self::ring_len::<K>(*lanes) == ring_len;
+    LANES.into_iter().find(is_so_long).unwrap_or(1)
 }
 
 /// Head's own count where head is at `next`.

@@ -2,7 +2,7 @@
 
 use super::super::limit::{CLOSED, Grid, LAST_EPOCH, Lanes, Limit, MAX_COUNT, count_of, epoch_of, pack, ticks_at};
 use super::super::sync::Ordering;
-use super::{SlidingWindow, window_ms};
+use super::{SlidingWindow, WindowRef, window_ms};
 
 /// What was counted in a window, by sub-bucket.
 ///
@@ -70,38 +70,17 @@ impl<const K: u64> SlidingWindow<K> {
     /// Every caller gets the same counts, so that a thread that finds a closed window can replace it itself: build
     /// the new one from these counts, and install it where the old one still stands. Only one must win that.
     pub fn close_and_export(&self) -> WindowCounts {
-        loop {
-            let head = self.head.load(Ordering::Acquire);
-            if head == CLOSED || self.close(head) {
-                let mut counts = WindowCounts::default();
-                self.collect(None, &mut counts);
-                return counts;
-            }
-        }
+        self.by_ref().close_and_export()
     }
 
     /// What counts now, by sub-bucket. Never less than what was given before the call began.
     pub fn export(&self, now_ns: u64) -> WindowCounts {
-        let mut counts = WindowCounts::default();
-        self.export_into(now_ns, &mut counts);
-        counts
+        self.by_ref().export(now_ns)
     }
 
     /// [`SlidingWindow::export`] into counts that were used before, which spares an allocation.
     pub fn export_into(&self, now_ns: u64, counts: &mut WindowCounts) {
-        let now_epoch = Grid::<K>::new(self.window_ms).epoch_at(ticks_at(now_ns));
-        loop {
-            let head = self.head.load(Ordering::Acquire);
-            counts.clear();
-            if head == CLOSED {
-                self.collect(None, counts);
-                return;
-            }
-            self.collect(Some((head, now_epoch)), counts);
-            if self.still_in(epoch_of(head)) {
-                return;
-            }
-        }
+        self.by_ref().export_into(now_ns, counts);
     }
 
     /// A window that begins with these counts, each at the end of its sub-bucket (never later than the clock), so
@@ -129,19 +108,57 @@ impl<const K: u64> SlidingWindow<K> {
 
         let window = Self::at(window_ms(limit), limit.permits().max(sum as u32), head_epoch);
         for (age, &count) in by_age.iter().enumerate().skip(1).filter(|&(_, &count)| count > 0) {
-            window.record(head_epoch - age as u64, count as u32);
+            window.by_ref().record(head_epoch - age as u64, count as u32);
         }
         // Nobody else has the window yet; whoever hands it over synchronises.
-        window.head.store(pack(head_epoch, by_age[0] as u32), Ordering::Relaxed);
+        let head = pack(head_epoch, by_age[0] as u32);
+        window.words.head.store(head, Ordering::Relaxed);
+        let prior = pack(head_epoch, (sum - by_age[0]) as u32);
+        window.words.prior.store(prior, Ordering::Relaxed);
         window
-            .prior
-            .store(pack(head_epoch, (sum - by_age[0]) as u32), Ordering::Relaxed);
-        window
+    }
+}
+
+impl<const K: u64> WindowRef<'_, K> {
+    /// [`SlidingWindow::close_and_export`].
+    pub fn close_and_export(self) -> WindowCounts {
+        loop {
+            let head = self.words.head.load(Ordering::Acquire);
+            if head == CLOSED || self.close(head) {
+                let mut counts = WindowCounts::default();
+                self.collect(None, &mut counts);
+                return counts;
+            }
+        }
+    }
+
+    /// [`SlidingWindow::export`].
+    pub fn export(self, now_ns: u64) -> WindowCounts {
+        let mut counts = WindowCounts::default();
+        self.export_into(now_ns, &mut counts);
+        counts
+    }
+
+    /// [`SlidingWindow::export_into`].
+    pub fn export_into(self, now_ns: u64, counts: &mut WindowCounts) {
+        let now_epoch = Grid::<K>::new(self.shape.window_ms).epoch_at(ticks_at(now_ns));
+        loop {
+            let head = self.words.head.load(Ordering::Acquire);
+            counts.clear();
+            if head == CLOSED {
+                self.collect(None, counts);
+                return;
+            }
+            self.collect(Some((head, now_epoch)), counts);
+            if self.still_in(epoch_of(head)) {
+                return;
+            }
+        }
     }
 
     /// Collects the counts under `head` that still count at `now_epoch`; of a closed window all that the slots have.
-    fn collect(&self, open: Option<(u64, u64)>, counts: &mut WindowCounts) {
-        let grid = Grid::<K>::new(self.window_ms);
+    fn collect(self, open: Option<(u64, u64)>, counts: &mut WindowCounts) {
+        let grid = Grid::<K>::new(self.shape.window_ms);
         match open {
             Some((head, now_epoch)) => {
                 let epoch = epoch_of(head);
@@ -163,9 +180,9 @@ impl<const K: u64> SlidingWindow<K> {
         }
     }
 
-    fn collect_all<const N: u64>(&self, grid: Grid<K>, counts: &mut WindowCounts) {
-        let lanes = Lanes::<N>::of(self.window_ms);
-        for word in &self.ring {
+    fn collect_all<const N: u64>(self, grid: Grid<K>, counts: &mut WindowCounts) {
+        let lanes = Lanes::<N>::of(self.shape.window_ms);
+        for word in self.ring {
             let word = word.load(Ordering::Acquire);
             let group = lanes.group_of(word);
             for epoch in group * N..(group + 1) * N {

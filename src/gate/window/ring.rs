@@ -2,11 +2,11 @@
 
 use super::super::limit::Lanes;
 use super::super::sync::Ordering;
-use super::SlidingWindow;
+use super::WindowRef;
 
-impl<const K: u64> SlidingWindow<K> {
+impl<const K: u64> WindowRef<'_, K> {
     /// The first epoch in `from..to` with a permit in its slot.
-    pub(super) fn first_counted(&self, from: u64, to: u64) -> Option<u64> {
+    pub(super) fn first_counted(self, from: u64, to: u64) -> Option<u64> {
         let mut first = None;
         self.walk(from, to, |slot, _| {
             first = Some(slot);
@@ -15,7 +15,7 @@ impl<const K: u64> SlidingWindow<K> {
         first
     }
 
-    pub(super) fn sum_of_slots(&self, from: u64, to: u64) -> u32 {
+    pub(super) fn sum_of_slots(self, from: u64, to: u64) -> u32 {
         let mut sum = 0;
         self.walk(from, to, |_, count| {
             sum += count;
@@ -26,7 +26,7 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// Visits the slots of the epochs `from..to` that have a count, oldest first, for as long as `visit` says so.
     #[inline]
-    pub(super) fn walk(&self, from: u64, to: u64, visit: impl FnMut(u64, u32) -> bool) {
+    pub(super) fn walk(self, from: u64, to: u64, visit: impl FnMut(u64, u32) -> bool) {
         match self.lanes() {
             5 => self.walk_lanes::<5>(from, to, visit),
             3 => self.walk_lanes::<3>(from, to, visit),
@@ -36,8 +36,8 @@ impl<const K: u64> SlidingWindow<K> {
     }
 
     #[inline]
-    fn walk_lanes<const N: u64>(&self, from: u64, to: u64, mut visit: impl FnMut(u64, u32) -> bool) {
-        let lanes = Lanes::<N>::of(self.window_ms);
+    fn walk_lanes<const N: u64>(self, from: u64, to: u64, mut visit: impl FnMut(u64, u32) -> bool) {
+        let lanes = Lanes::<N>::of(self.shape.window_ms);
         let mut epoch = from;
         let mut index = (from / N % (K / N + 1)) as usize;
         while epoch < to {
@@ -58,7 +58,7 @@ impl<const K: u64> SlidingWindow<K> {
     }
 
     /// (3) Raises the slot of `epoch` to `count`. An absent slot is a count of 0 already.
-    pub(super) fn record(&self, epoch: u64, count: u32) {
+    pub(super) fn record(self, epoch: u64, count: u32) {
         if count > 0 {
             match self.lanes() {
                 5 => self.record_lane::<5>(epoch, count),
@@ -69,9 +69,9 @@ impl<const K: u64> SlidingWindow<K> {
         }
     }
 
-    fn record_lane<const N: u64>(&self, epoch: u64, count: u32) {
+    fn record_lane<const N: u64>(self, epoch: u64, count: u32) {
         let slot = &self.ring[(epoch / N % (K / N + 1)) as usize];
-        let lanes = Lanes::<N>::of(self.window_ms);
+        let lanes = Lanes::<N>::of(self.shape.window_ms);
         let mut word = slot.load(Ordering::Relaxed); // what it leads to is checked by the swap
         while let Some(raised) = lanes.record(word, epoch, count) {
             match slot.compare_exchange_weak(word, raised, Ordering::Release, Ordering::Relaxed) {
