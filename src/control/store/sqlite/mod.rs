@@ -17,6 +17,7 @@ use sqlx::{ConnectOptions as _, Connection as _, Sqlite, Transaction};
 
 use super::{MigrationState, Stamp, Store};
 use crate::control::model::{AuditNote, Fault};
+use crate::courtesy::Courtesy;
 
 mod accounts;
 mod audit;
@@ -228,8 +229,9 @@ fn pool(connections: u32) -> SqlitePoolOptions {
 
 /// Has statements offer the processor while they run (`courtesy.rs`): one may go through a million rows.
 async fn give_way(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
-    let offer = || {
-        std::thread::yield_now();
+    let mut courtesy = Courtesy::every(1);
+    let offer = move || {
+        courtesy.step();
         true
     };
     connection
