@@ -294,8 +294,8 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         let epoch = epoch_of(prior);
         let counted = sum_of(count_of(prior), count_of(head), cost);
         if self.can_serve(limit)
-            && epoch_of(head) == epoch
             && now < grid.start_of(epoch + 1)
+            && epoch_of(head) == epoch
             && counted <= u64::from(limit.permits())
             && let Some(oldest) = Self::oldest_by(hint, epoch)
             && self.swap_in(head, cost)
