@@ -2,8 +2,8 @@
 //!
 //! Synchronous, no I/O, no allocation once a key has been seen in a tier, no lock, no HTTP server. [`Gate::check`] is
 //! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `pages`,
-//! `parts`, `slots`, `places` and `terms`), `route`, `scope`, `limit`, `window`, `quota`, `verdict`; then what happens off the request path: `policy`,
-//! `update` and `resync` (with `writer` and `retired`), `usage`.
+//! `parts`, `slots`, `places` and `terms`), `route`, `scope`, `limit`, `window`, `quota` (with `reach`), `verdict`;
+//! then what happens off the request path: `policy`, `update` and `resync` (with `writer` and `retired`), `usage`.
 
 pub mod credential;
 pub mod key;
@@ -13,6 +13,7 @@ mod parts;
 mod places;
 mod policy;
 mod quota;
+mod reach;
 pub mod reservation;
 mod resync;
 mod retired;
@@ -47,12 +48,11 @@ use http::{HeaderMap, Method};
 use key::{KeyForms, SecretDigest, ShortId};
 use limit::Limit;
 use pages::{Found, Hint};
-use places::{NO_PLACE, PlaceId, Places};
-use policy::{NameTables, Plan, Policy};
-use quota::{GivenBack, InFlight, KeyWindows, Outcome};
+use places::Places;
+use policy::{NameTables, Policy};
+use quota::{InFlight, KeyWindows, Outcome};
 use reservation::Reservation;
 use retired::{Retired, Unused};
-use scope::NameId;
 use slots::{Mark, Slot, SlotId, Slots};
 use snapshot::{Facts, InForce};
 use std::net::IpAddr;
@@ -424,105 +424,6 @@ impl Gate {
         if newly_active {
             self.slots.mark(owner, Mark::Permits);
             self.slots.mark(owner, Mark::Windows);
-        }
-    }
-
-    /// Takes a permit where the windows could not be had at once, where they have to be begun or replaced, or where requests
-    /// under way count. `None`: there are too many of those.
-    #[inline(never)]
-    fn take_otherwise(
-        &self,
-        rule: &Rule<'_>,
-        key: &Key<'_>,
-        windows: Option<KeyWindows<'_>>,
-        plan: &Plan,
-        limit: Limit,
-        now: Now,
-    ) -> Option<(Outcome, Option<InFlight>)> {
-        let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
-        let take = |windows: KeyWindows<'_>| {
-            // The place under the cap is reserved before the permit is taken, because a permit cannot be given back.
-            let entered = plan.max_in_flight.map(|most| windows.enter(most));
-            if let Some(None) = entered {
-                return Ok(windows.peek(tier, limit, now_ns)?.map(|refused| (refused, None)));
-            }
-            Ok(Some((windows.take(tier, limit, now_ns)?, entered.flatten())))
-        };
-        let taken = windows.map(take).and_then(Result::ok);
-        taken.unwrap_or_else(|| self.on_windows_of(key, tier, limit, now, take))
-    }
-
-    /// [`Gate::on_windows`] of a key to which no hint led; now one does.
-    #[cold]
-    #[inline(never)]
-    fn on_windows_of<R>(
-        &self,
-        key: &Key<'_>,
-        tier: NameId,
-        limit: Limit,
-        now: Now,
-        act: impl FnMut(KeyWindows<'_>) -> Result<R, GivenBack>,
-    ) -> R {
-        let done = self.on_windows(key.owner, tier, limit, now, act);
-        if let Some(hint) = key.hint {
-            hint.correct(self.slots.place(key.owner));
-        }
-        done
-    }
-
-    /// Runs `act` on the windows of the key in slot `owner`, begun if there are none; again where they were given back.
-    fn on_windows<R>(
-        &self,
-        owner: SlotId,
-        tier: NameId,
-        limit: Limit,
-        now: Now,
-        mut act: impl FnMut(KeyWindows<'_>) -> Result<R, GivenBack>,
-    ) -> R {
-        loop {
-            let done = self.with_place(owner, |in_force, place| match in_force.places.at(owner, place) {
-                Some(windows) => match act(windows) {
-                    Ok(done) => Some(done),
-                    Err(GivenBack) => {
-                        // Whoever gave them back does so, too; nobody waits for it.
-                        let _ = self.slots.set_place(owner, place, NO_PLACE);
-                        None
-                    }
-                },
-                None => {
-                    self.begin_windows(in_force, owner, tier, limit, now);
-                    None
-                }
-            });
-            if let Some(done) = done {
-                return done;
-            }
-        }
-    }
-
-    /// Runs `act` on the place of a key's windows, or [`NO_PLACE`], and on what was in force when the key had it.
-    fn with_place<R>(&self, owner: SlotId, act: impl FnOnce(&InForce, PlaceId) -> R) -> R {
-        loop {
-            let in_force = self.in_force.load();
-            let place = self.slots.place(owner);
-            if self.is_in_force(&in_force) {
-                return act(&in_force, place);
-            }
-        }
-    }
-
-    /// Begins windows of a key that has none, unless somebody else does, or room has to be made first.
-    fn begin_windows(&self, in_force: &InForce, owner: SlotId, tier: NameId, limit: Limit, now: Now) {
-        let Some((place, windows)) = in_force.places.claim(owner, tier, limit, now.elapsed_ns) else {
-            let make_room = |in_force: &mut InForce| in_force.places = in_force.places.with_room(owner, limit);
-            return self.put_in_force(make_room, Unused::default());
-        };
-        match self.slots.set_place(owner, NO_PLACE, place) {
-            Ok(()) => {
-                windows.set_owner(owner);
-                self.slots.mark(owner, Mark::Live);
-            }
-            Err(_) => in_force.places.free(owner, place),
         }
     }
 

@@ -3,6 +3,7 @@
 mod changes;
 
 use super::key::checksum;
+use super::places::NO_PLACE;
 use super::*;
 use crate::clock::Clock;
 use http::HeaderValue;

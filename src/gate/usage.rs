@@ -209,11 +209,6 @@ impl Gate {
         }
     }
 
-    /// Runs `act` on the windows of the key in slot `owner`, if it has any.
-    pub(super) fn with_windows<R>(&self, owner: SlotId, act: impl FnOnce(KeyWindows<'_>) -> R) -> Option<R> {
-        self.with_place(owner, |in_force, place| in_force.places.at(owner, place).map(act))
-    }
-
     /// Keeps what a key has counted, because it is being forgotten.
     pub(super) fn keep_counts_of(&self, owner: SlotId, slot: &Slot) {
         let mut kept = Leftovers::default();
