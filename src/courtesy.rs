@@ -5,7 +5,7 @@
 //! every tenth of a millisecond. Where nobody wants it that costs a system call of less than a microsecond.
 //!
 //! Whoever takes it may never wait either, and would be left running for a whole slice each time: a snapshot would then
-//! take a minute, and a change would wait as long for the database. So after it was away the work goes on for as long
+//! take minutes, and a change would wait as long for the database. So after it was away the work goes on for as long
 //! as it was, and has half of a processor at the least.
 
 use std::cmp::Ordering;

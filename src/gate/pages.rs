@@ -36,7 +36,8 @@ struct Page {
     spilled: bool,
 }
 
-/// The place of a key's windows, as it was; among those of the key's owner slot. Relaxed: nothing is believed on the strength of it.
+/// The place of a key's windows, as it was; among those of the key's owner slot. Relaxed: nothing is believed on the
+/// strength of it.
 #[derive(Debug)]
 pub(super) struct Hint(AtomicU16);
 

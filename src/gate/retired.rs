@@ -1,11 +1,11 @@
 //! When memory that readers may be looking at can be used again.
 //!
 //! A reader holds what is in force when its request comes, for one decision. A writer that takes something out of use (a
-//! slot, a map, the number of terms, a place of windows) first puts something else in force, and lays what it replaced in this queue, with the slots that can be
-//! reached through it and nothing later. An `ArcSwap` that is written to turns every reader's hold on the old value into
-//! a count of its `Arc`, so when an entry's `Arc` is ours alone, the last reader of that moment has left; when it is so
-//! for all entries up to one, nobody is in its slots. Readers wait for nothing, and writers do not wait for them: what
-//! cannot be used again yet is looked at with the next change.
+//! slot, a map, the number of terms, a place of windows) first puts something else in force, and lays what it replaced in
+//! this queue, with what can be reached through it and nothing later. An `ArcSwap` that is written to turns every reader's
+//! hold on the old value into a count of its `Arc`, so when an entry's `Arc` is ours alone, the last reader of that moment
+//! has left; when it is so for all entries up to one, nobody is in what it took out of use. Readers wait for nothing, and
+//! writers do not wait for them: what cannot be used again yet is looked at with the next change.
 //!
 //! It also keeps the freeing of a replaced map away from requests: the last to drop it is always a writer.
 
