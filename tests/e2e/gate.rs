@@ -224,12 +224,14 @@ impl Gate {
         signal(self.pid, name);
     }
 
-    /// Waits until the process has ended.
+    /// Waits until the process has ended. What is asked next goes over a connection of its own: the process closed those
+    /// that were kept, and a client that has not heard of it yet would ask over one of them.
     pub fn wait(&mut self) {
         match self.first.take_if(|first| first.id() == self.pid) {
             Some(mut first) => drop(first.wait(PATIENCE)),
             None => until(|| (!is_running(self.pid)).then_some(()), || self.log()),
         }
+        self.client = client();
     }
 
     pub fn is_running(&self) -> bool {
