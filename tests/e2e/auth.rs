@@ -88,7 +88,8 @@ async fn every_wrong_credential_has_its_status_code_and_challenge() {
     let conflict = r#"Bearer realm="tollgate", error="invalid_request""#;
     let x = |key: &str| vec![("x-api-key", key.to_owned())];
     let bearer = |key: &str| vec![("authorization", format!("Bearer {key}"))];
-    let broken = format!("{}0", &good.secret[..good.secret.len() - 1]);
+    let (most, last) = good.secret.split_at(good.secret.len() - 1);
+    let broken = format!("{most}{}", if last == "0" { "1" } else { "0" });
     /// Name, path, credential headers, status, code, challenge.
     type Case<'a> = (&'a str, &'a str, Vec<(&'a str, String)>, u16, &'a str, Option<&'a str>);
     let cases: Vec<Case<'_>> = vec![
