@@ -29,7 +29,7 @@ use tollgate::proxy::edge::{Edge, EdgeObserver, EdgeSettings};
 use tollgate::proxy::{Balance, Proxy, ResponseSettings, ServerSettings, Settings, Timeouts, UpstreamSettings};
 
 /// Allocations of a request that passes. Lower them with pride; raising them needs a reason.
-const PASSED: u64 = 76;
+const PASSED: u64 = 28;
 /// Of one whose key cannot be a key.
 const MALFORMED_KEY: u64 = 26;
 /// Of one over its limit.
@@ -179,6 +179,7 @@ fn edge(upstream: SocketAddr) -> Edge<Proxy> {
             health: None,
         }],
         trusted_proxies: vec![],
+        upstream_pool: 16,
         count_keys: false,
     };
     let proxy = Proxy::new(&settings, gate, Clock::system(), None).expect("a prefix that is fit for a header");

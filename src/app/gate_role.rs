@@ -173,15 +173,14 @@ impl GateRole {
         let mut named = vec![];
         let mut sockets = vec![];
         for ((listener, address), (settings, tls)) in self.listeners.into_iter().zip(self.edges) {
-            // The edge reads into a buffer of its own; another 64 KiB a connection before it would cost memory and a copy.
-            let config = ListenerConfig::tcp(address.to_string()).l4_buffer(L4BufferSettings::default().read(0));
+            let config = ListenerConfig::tcp(address.to_string()).l4_buffer(buffers());
             sockets.push((OwnedFd::from(listener), address.to_string()));
             named.push((format!("gate on {address}"), config, settings, tls));
         }
         if let (Some((listener, path)), Some((.., settings, _))) = (self.passage, named.first()) {
             let settings = passage_settings(settings);
             let path = path.display().to_string();
-            let config = ListenerConfig::uds(path.clone()).l4_buffer(L4BufferSettings::default().read(0));
+            let config = ListenerConfig::uds(path.clone()).l4_buffer(buffers());
             sockets.push((OwnedFd::from(listener), path));
             named.push(("passage".to_owned(), config, settings, None));
         }
@@ -228,9 +227,9 @@ impl GateRole {
             }
         });
         server.add_service(background_service("meter", Task::new(count)));
-        let checked = self.proxy;
-        let checks = async move { checked.check_health().await };
-        server.add_service(background_service("health checks", Task::new(checks)));
+        let proxy = self.proxy;
+        let looked_after = async move { proxy.look_after_upstreams().await };
+        server.add_service(background_service("upstreams", Task::new(looked_after)));
         if let Some(cluster) = self.cluster {
             // Each process is a member of its own; what this one has given is in its counts, which are handed over.
             let share = lifecycle.clone().on_duty(Stage::Settling, move |end| {
@@ -307,4 +306,10 @@ async fn housekeeping(gate: Arc<Gate>, clock: Clock) {
             gate.give_back_idle(clock.now());
         }
     }
+}
+
+/// What Pingora keeps for a client's connection. The edge reads into a buffer of its own; another 64 KiB before it would
+/// cost memory and a copy. A head and a short body leave in one piece, as they would not with Pingora's 1,460 bytes.
+fn buffers() -> L4BufferSettings {
+    L4BufferSettings::new(0, 4096)
 }

@@ -120,6 +120,7 @@ pub fn proxy(config: &Config, bound: Bound) -> Result<proxy::Settings, AppError>
             legacy_rate_limit: gate.rate_limit_headers.legacy,
         },
         upstreams: config.upstreams.iter().map(upstream).collect::<Result<_, AppError>>()?,
+        upstream_pool: gate.limits.upstream_pool,
         trusted_proxies: networks(gate),
         count_keys: config.admin.as_ref().is_some_and(|admin| admin.key_labels),
     })

@@ -208,7 +208,9 @@ where
             .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
         edit_request(upstream_request, |fields| {
             self.names.strip(fields, permit, &self.gate);
-            self.names.tell(fields, permit)?;
+            self.names.tell(permit, &mut |name, value| {
+                fields.insert(name, value);
+            })?;
             if let Some(request_id) = &context.request_id {
                 fields.insert(X_REQUEST_ID, request_id.clone());
             }

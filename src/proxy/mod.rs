@@ -6,6 +6,7 @@
 pub mod access_log;
 mod at_once;
 pub mod client_address;
+mod direct;
 pub mod edge;
 pub mod embed;
 mod fields;
@@ -40,7 +41,7 @@ use client_address::TrustedProxies;
 use http::HeaderValue;
 use key_counts::KeyCounts;
 use metrics::Times;
-use passing_on::Duty;
+use passing_on::{Duty, Peer};
 use pingora::connectors::http::Connector;
 use pingora::upstreams::peer::HttpPeer;
 use request_id::RequestIds;
@@ -62,6 +63,8 @@ pub struct Settings {
     pub response: ResponseSettings,
     /// Where permitted requests go.
     pub upstreams: Vec<UpstreamSettings>,
+    /// How many idle connections are kept to each server that requests go to directly; a reload does not change it.
+    pub upstream_pool: usize,
     /// Whose forwarding headers are believed.
     pub trusted_proxies: Vec<client_address::IpNet>,
     /// Count the requests of each key by itself. Decided when the proxy is made; a reload does not change it.
@@ -116,7 +119,10 @@ impl Proxy {
             gate,
             clock,
             duty: ArcSwap::from_pointee(Duty::Decide),
-            compiled: ArcSwap::from_pointee(Compiled::new(settings, None)?),
+            compiled: ArcSwap::from_pointee(Compiled::new(
+                settings,
+                Upstreams::new(&settings.upstreams, settings.upstream_pool),
+            )?),
             reloaded: Notify::new(),
             ids: RequestIds::default(),
             access_log,
@@ -132,7 +138,8 @@ impl Proxy {
     /// # Errors
     /// [`BadHeaderPrefix`]; the old settings then stay.
     pub fn reload(&self, settings: &Settings) -> Result<(), BadHeaderPrefix> {
-        let compiled = Compiled::new(settings, Some(&self.0.compiled.load().upstreams))?;
+        let upstreams = self.0.compiled.load().upstreams.changed_to(&settings.upstreams);
+        let compiled = Compiled::new(settings, upstreams)?;
         self.0.compiled.store(Arc::new(compiled));
         self.0.reloaded.notify_one();
         Ok(())
@@ -158,16 +165,23 @@ impl Proxy {
         compiled.upstreams.counts().map(read).collect()
     }
 
-    /// Runs the health checks of whatever settings are in force, until it is dropped.
-    pub async fn check_health(&self) {
+    /// Looks after the upstreams of whatever settings are in force, until it is dropped: runs their health checks, and
+    /// closes connections that have rested too long.
+    pub async fn look_after_upstreams(&self) {
         let connector = Arc::new(Connector::new(None));
+        let mut tick = tokio::time::interval(CLOSING_INTERVAL);
         loop {
             let compiled = self.0.compiled.load_full();
             let mut checks = JoinSet::new();
             for check in compiled.upstreams.checks() {
                 checks.spawn(check.clone().run(connector.clone()));
             }
-            self.0.reloaded.notified().await;
+            loop {
+                tokio::select! {
+                    () = self.0.reloaded.notified() => break,
+                    _ = tick.tick() => compiled.upstreams.close_old(self.0.clock.now().elapsed_ns),
+                }
+            }
         }
     }
 
@@ -214,11 +228,11 @@ impl Proxy {
 }
 
 impl Compiled {
-    fn new(settings: &Settings, before: Option<&Upstreams>) -> Result<Self, BadHeaderPrefix> {
+    fn new(settings: &Settings, upstreams: Upstreams) -> Result<Self, BadHeaderPrefix> {
         Ok(Compiled {
             names: OurHeaders::new(&settings.header_prefix)?,
             response: settings.response.clone(),
-            upstreams: Upstreams::new(&settings.upstreams, before),
+            upstreams,
             trusted_proxies: TrustedProxies::new(settings.trusted_proxies.clone()),
         })
     }
@@ -228,6 +242,8 @@ impl Compiled {
 #[derive(Debug)]
 pub struct Context {
     now: Now,
+    peer: Option<Peer>,
+    /// By what trusted proxies say, the peer itself where they say nothing.
     client: IpAddr,
     request_id: Option<HeaderValue>,
     permit: Option<Permit>,
@@ -284,6 +300,12 @@ impl Drop for UnderWay {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+/// How often idle connections are looked at: a server's end stays unanswered for no longer.
+const CLOSING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How many fields a response gets: at most six of ours, and the two that Pingora adds.
+const FIELDS_ADDED: usize = 8;
 
 /// The decision of a request that passed.
 pub const PASSED: &str = "PASSED";

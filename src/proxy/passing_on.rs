@@ -104,17 +104,11 @@ pub(super) fn name_client(session: &Session, request: &mut RequestHeader) -> pin
     }
 }
 
-/// Takes off what [`name_client`] put on.
-pub(super) fn forget_client(session: &Session, request: &mut RequestHeader) {
-    if came_through_passage(session) {
-        request.remove_header(&PASSED_ON);
-    }
-}
-
 fn came_through_passage(session: &Session) -> bool {
     matches!(session.client_addr(), Some(AnySocketAddr::Unix(_)))
 }
 
+/// In the namespace that no client's field gets through.
 const PASSED_ON: HeaderName = HeaderName::from_static("x-tollgate-passed-on");
 /// The queue of a Unix socket takes a connection at once, or is full.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);

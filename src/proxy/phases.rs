@@ -3,6 +3,7 @@
 use super::access_log::Entry;
 use super::at_once::{Filter, answered, done, filtered};
 use super::client_address::{client_address, forwarded_fields, remove_claims};
+use super::direct::may_go_directly;
 use super::fields::{edit_request, edit_response};
 use super::guard::ConnectionInfo;
 use super::passing_on::{Duty, Peer};
@@ -10,11 +11,11 @@ use super::response::{self, Answer, X_REQUEST_ID};
 use super::shared::{self, SharedLimits};
 use super::steps::{self, host_of};
 use super::upstream::{self, Attempts};
-use super::{Context, PASSED, Proxy, UnderWay, edge, passing_on, us_between};
+use super::{Context, FIELDS_ADDED, PASSED, Proxy, UnderWay, edge, passing_on, us_between};
 use crate::gate::{Access, Permit, Refusal};
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::protocols::Digest;
@@ -32,6 +33,7 @@ impl ProxyHttp for Proxy {
     fn new_ctx(&self) -> Context {
         Context {
             now: self.0.clock.now(),
+            peer: None,
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             request_id: None,
             permit: None,
@@ -89,15 +91,23 @@ impl ProxyHttp for Proxy {
 
     fn proxy_upstream_filter<'p, 's, 'c, 'f>(
         &'p self,
-        _session: &'s mut Session,
-        _context: &'c mut Context,
+        session: &'s mut Session,
+        context: &'c mut Context,
     ) -> Filter<'f, pingora::Result<bool>>
     where
         'p: 'f,
         's: 'f,
         'c: 'f,
     {
-        answered::<true>()
+        if !may_go_directly(session.req_header()) || context.passed_on.is_some() {
+            return answered::<true>();
+        }
+        // Answered: Pingora goes no further.
+        Box::pin(async move {
+            self.pass_directly(session, context)
+                .await
+                .map(|is_answered| !is_answered)
+        })
     }
 
     async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
@@ -110,9 +120,8 @@ impl ProxyHttp for Proxy {
         let next = self.0.compiled.load().upstreams.next(name, &mut context.attempts);
         let mut peer =
             next.ok_or_else(|| Error::explain(ErrorType::InternalError, format!("no upstream is called {name:?}")))?;
-        if self.0.in_flight.load(Ordering::Relaxed) > upstream::CROWD {
-            upstream::hold_little(&mut peer);
-        }
+        let in_flight = self.0.in_flight.load(Ordering::Relaxed);
+        peer.options.tcp_recv_buf = Some(upstream::receive_buffer(in_flight));
         Ok(peer)
     }
 
@@ -157,14 +166,7 @@ impl ProxyHttp for Proxy {
         context: &mut Context,
         mut error: Box<Error>,
     ) -> Box<Error> {
-        if let Some(permit) = &context.permit {
-            self.0
-                .compiled
-                .load()
-                .upstreams
-                .count_connect_failure(permit.upstream());
-        }
-        error.set_retry(context.attempts.again_after_no_connection());
+        error.set_retry(self.may_try_again_after_no_connection(context));
         error
     }
 
@@ -200,7 +202,7 @@ impl ProxyHttp for Proxy {
 
     fn response_filter<'p, 's, 'r, 'c, 'f>(
         &'p self,
-        _session: &'s mut Session,
+        session: &'s mut Session,
         response: &'r mut ResponseHeader,
         context: &'c mut Context,
     ) -> Filter<'f, pingora::Result<()>>
@@ -210,21 +212,7 @@ impl ProxyHttp for Proxy {
         'r: 'f,
         'c: 'f,
     {
-        context.upstream_answered = Some(self.0.clock.now());
-        if context.passed_on.is_some() {
-            return filtered(Ok(()));
-        }
-        filtered(edit_response(response, |fields| {
-            // Ours, and the two that Pingora adds.
-            fields.reserve(5);
-            if let Some(request_id) = &context.request_id {
-                fields.insert(X_REQUEST_ID, request_id.clone());
-            }
-            if let Some(rate) = context.permit.as_ref().and_then(Permit::rate) {
-                response::add_rate_limit(fields, &self.0.compiled.load().response, rate);
-            }
-            Ok(())
-        }))
+        filtered(self.tell_client(session, response, context))
     }
 
     fn response_body_filter(
@@ -369,7 +357,8 @@ impl Proxy {
     }
 
     fn before_the_gate(&self, session: &Session, context: &mut Context) -> Result<(), Answer> {
-        if let Some(peer) = Peer::of(session) {
+        context.peer = Peer::of(session);
+        if let Some(peer) = context.peer {
             let compiled = self.0.compiled.load();
             context.client = client_address(
                 peer.address.ip(),
@@ -400,47 +389,102 @@ impl Proxy {
         Ok(())
     }
 
-    /// Makes a request ready for its upstream: what must not travel goes, and what the upstream is told comes.
+    /// Counts that no connection came about. Whether to try again.
+    pub(super) fn may_try_again_after_no_connection(&self, context: &Context) -> bool {
+        if let Some(permit) = &context.permit {
+            let compiled = self.0.compiled.load();
+            compiled.upstreams.count_connect_failure(permit.upstream());
+        }
+        context.attempts.again_after_no_connection()
+    }
+
+    /// Makes a request ready for its upstream.
     fn make_ready(&self, session: &Session, request: &mut RequestHeader, context: &mut Context) -> pingora::Result<()> {
         if context.passed_on.is_some() {
             return passing_on::name_client(session, request);
         }
-        // Without a permit nothing travels upstream, whatever phase order a later Pingora has.
-        let permit = context
-            .permit
-            .as_ref()
-            .ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))?;
-        let compiled = self.0.compiled.load();
-        let sent = session.req_header();
         if request.version == Version::HTTP_10 {
             request.set_version(Version::HTTP_11);
         }
-        let request_id = context.request_id.get_or_insert_with(|| self.0.ids.of(&sent.headers));
-        passing_on::forget_client(session, request);
         edit_request(request, |fields| {
             // Five that say whose request it is, three that say where it comes from.
             fields.reserve(8);
-            compiled.names.strip(fields, permit, &self.0.gate);
+            let permit = permit_of(context)?;
+            self.0.compiled.load().names.strip(fields, permit, &self.0.gate);
             remove_claims(fields);
-            if let Some(Peer { address, is_tls }) = Peer::of(session) {
-                let (peer, connection) = (address.ip(), ConnectionInfo::of(session.digest()));
-                // Nobody in front of us is believed: the connection has its client's address ready.
-                let known = connection.filter(|_| !compiled.trusted_proxies.contains(peer));
-                let (chain, scheme) = match known.and_then(ConnectionInfo::client_value) {
-                    Some(client) => (client, if is_tls { "https" } else { "http" }),
-                    None => {
-                        let (_, chain, scheme) =
-                            forwarded_fields(peer, is_tls, &sent.headers, &compiled.trusted_proxies);
-                        (chain, scheme)
-                    }
-                };
-                fields.insert(X_FORWARDED_FOR, chain);
-                fields.insert(X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
-            }
-            compiled.names.tell(fields, permit)?;
-            fields.insert(X_REQUEST_ID, request_id.clone());
+            self.tell_upstream(session, context, |name, value| {
+                fields.insert(name, value);
+            })
+        })
+    }
+
+    /// Tells a request's upstream where it comes from, whose it is, and its id. The client's own fields of these
+    /// names do not travel, so that each stands there once.
+    ///
+    /// # Errors
+    /// `InternalError` without a permit.
+    pub(super) fn tell_upstream(
+        &self,
+        session: &Session,
+        context: &mut Context,
+        mut put: impl FnMut(&HeaderName, HeaderValue),
+    ) -> pingora::Result<()> {
+        let (sent, compiled) = (&session.req_header().headers, self.0.compiled.load());
+        if let Some(Peer { address, is_tls }) = context.peer {
+            let (peer, connection) = (address.ip(), ConnectionInfo::of(session.digest()));
+            // Nobody in front of us is believed: the connection has its client's address ready.
+            let known = connection.filter(|_| !compiled.trusted_proxies.contains(peer));
+            let (chain, scheme) = match known.and_then(ConnectionInfo::client_value) {
+                Some(client) => (client, if is_tls { "https" } else { "http" }),
+                None => {
+                    let (_, chain, scheme) = forwarded_fields(peer, is_tls, sent, &compiled.trusted_proxies);
+                    (chain, scheme)
+                }
+            };
+            put(&X_FORWARDED_FOR, chain);
+            put(&X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
+        }
+        compiled.names.tell(permit_of(context)?, &mut put)?;
+        let request_id = context.request_id.get_or_insert_with(|| self.0.ids.of(sent));
+        put(&X_REQUEST_ID, request_id.clone());
+        Ok(())
+    }
+
+    /// Makes a response ready for the client.
+    ///
+    /// # Errors
+    /// `InvalidHTTPHeader` for a change of protocols that was not asked for: Pingora would let it through.
+    pub(super) fn tell_client(
+        &self,
+        session: &Session,
+        response: &mut ResponseHeader,
+        context: &mut Context,
+    ) -> pingora::Result<()> {
+        if response.status == StatusCode::SWITCHING_PROTOCOLS && !session.is_upgrade_req() {
+            let why = "101 to a request that asked for no upgrade";
+            return Err(Error::explain(ErrorType::InvalidHTTPHeader, why).into_up());
+        }
+        context.upstream_answered = Some(self.0.clock.now());
+        if context.passed_on.is_some() {
+            return Ok(());
+        }
+        // Whatever the upstream speaks, this is what we speak (RFC 9110 section 2.5).
+        response.set_version(Version::HTTP_11);
+        edit_response(response, |fields| {
+            fields.reserve(FIELDS_ADDED);
+            self.add_fields(fields, context);
             Ok(())
         })
+    }
+
+    /// Tells the client its request's id and what is left of its limit.
+    pub(super) fn add_fields(&self, fields: &mut HeaderMap, context: &Context) {
+        if let Some(request_id) = &context.request_id {
+            fields.insert(X_REQUEST_ID, request_id.clone());
+        }
+        if let Some(rate) = context.permit.as_ref().and_then(Permit::rate) {
+            response::add_rate_limit(fields, &self.0.compiled.load().response, rate);
+        }
     }
 
     /// Counts and logs a request that is over.
@@ -509,6 +553,12 @@ impl Proxy {
             connection.keep_while(move || proxy.0.gate.still_permits(&ticket, proxy.0.clock.now()));
         }
     }
+}
+
+/// Without a permit nothing travels upstream, whatever phase order a later Pingora has.
+pub(super) fn permit_of(context: &Context) -> pingora::Result<&Permit> {
+    let permit = context.permit.as_ref();
+    permit.ok_or_else(|| Error::explain(ErrorType::InternalError, "no permit"))
 }
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");

@@ -42,34 +42,49 @@ impl OurHeaders {
         })
     }
 
-    /// Takes off what must not travel: the credential, everything in our namespace in any spelling, method overrides.
+    /// Whether a name is for us alone: a credential's, one in our namespace in any spelling, a method override's.
+    pub fn has(&self, name: &HeaderName) -> bool {
+        is_ours(name.as_str(), &self.namespace)
+    }
+
+    /// Takes off what must not travel: the credential, and what is [ours](OurHeaders::has).
     pub fn strip(&self, fields: &mut HeaderMap, permit: &Permit, gate: &Gate) {
         // Most requests carry their key here and nothing else that has to go.
         fields.remove(&X_API_KEY);
-        if permit.credential_in_authorization() || carries_our_key(fields, gate) {
+        if hides_authorization(fields, permit, gate) {
             fields.remove(AUTHORIZATION);
         }
-        while let Some(ours) = fields.keys().find(|name| is_ours(name.as_str(), &self.namespace)) {
-            let ours = ours.clone();
-            fields.remove(ours);
+        while let Some(other) = fields.keys().find(|name| self.has(name)) {
+            let other = other.clone();
+            fields.remove(other);
         }
     }
 
     /// Says whose request it is.
-    pub fn tell(&self, fields: &mut HeaderMap, permit: &Permit) -> pingora::Result<()> {
+    pub fn tell(&self, permit: &Permit, put: &mut impl FnMut(&HeaderName, HeaderValue)) -> pingora::Result<()> {
         if let Some(holder) = permit.holder() {
             let key_id = HeaderValue::from_str(holder.key_id())
                 .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
-            fields.insert(self.key_id.clone(), key_id);
-            fields.insert(self.organization.clone(), holder.headers().organization.clone());
-            fields.insert(self.environment.clone(), holder.headers().environment.clone());
-            fields.insert(self.scopes.clone(), holder.headers().scopes.clone());
+            put(&self.key_id, key_id);
+            put(&self.organization, holder.headers().organization.clone());
+            put(&self.environment, holder.headers().environment.clone());
+            put(&self.scopes, holder.headers().scopes.clone());
         }
         if let Access::Keyed { tier, .. } = &permit.route().access {
-            fields.insert(self.tier.clone(), tier.header.clone());
+            put(&self.tier, tier.header.clone());
         }
         Ok(())
     }
+}
+
+/// Whether a request's `Authorization` must not travel: the key came in it, or a public rule's request carries one of
+/// ours nevertheless.
+pub(super) fn hides_authorization(fields: &HeaderMap, permit: &Permit, gate: &Gate) -> bool {
+    permit.credential_in_authorization()
+        || fields
+            .get_all(AUTHORIZATION)
+            .iter()
+            .any(|value| gate.is_bearer_key(value.as_bytes()))
 }
 
 /// Whether the request falls under one rule, also to servers that cut path parameters off (`/a;b` is `/a` to them).
@@ -193,12 +208,4 @@ fn is_ours(name: &str, namespace: &str) -> bool {
     };
     let starts_with = |prefix: &str| name.len() > prefix.len() && same(prefix, &name.as_bytes()[..prefix.len()]);
     starts_with(namespace) || starts_with("x-tollgate-") || NAMES.iter().any(|ours| same(ours, name.as_bytes()))
-}
-
-/// Whether a public rule's request carries one of our keys nevertheless: it must not travel either.
-fn carries_our_key(headers: &HeaderMap, gate: &Gate) -> bool {
-    headers
-        .get_all(AUTHORIZATION)
-        .iter()
-        .any(|value| gate.is_bearer_key(value.as_bytes()))
 }

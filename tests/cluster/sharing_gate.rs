@@ -56,6 +56,7 @@ impl SharingGate {
             response: ResponseSettings::default(),
             upstreams: vec![],
             trusted_proxies: vec![],
+            upstream_pool: 16,
             count_keys: false,
         };
         let proxy = Proxy::new(&passing, Arc::new(gate), clock.clone(), None).unwrap();

@@ -25,6 +25,7 @@ mod rotation;
 mod schemathesis;
 mod secrets;
 mod tls;
+mod two_ways;
 mod upgrade;
 mod upgrades;
 mod upstream;

@@ -288,7 +288,7 @@ pub(in crate::config) struct Limits {
     /// HTTP/2 frames without content that a client may send in a second. 1,000: an upload that opens its window with every frame needs less.
     #[schemars(range(min = 10, max = 1_000_000))]
     pub h2_control_frames_per_second: u32,
-    /// Idle upstream connections kept. 128: Pingora's default.
+    /// Idle connections kept to each upstream server that speaks HTTP/1 without TLS, for requests with a short body or none; and so many in all for the rest. 128: Pingora's default.
     #[schemars(range(min = 0, max = 100_000))]
     pub upstream_pool: u32,
 }

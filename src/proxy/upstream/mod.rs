@@ -11,18 +11,22 @@
 
 pub mod health;
 mod peer;
+mod pool;
 
-pub(super) use peer::{CROWD, hold_little};
+pub(super) use peer::receive_buffer;
+pub(super) use pool::Connection;
 
 use ahash::HashMap;
 use health::{Check, HealthSettings, ServerHealth};
 use http::Method;
-use pingora::Error;
-use pingora::upstreams::peer::HttpPeer;
+use pingora::upstreams::peer::{HttpPeer, Peer as _};
+use pingora::{Error, ErrorType, OrErr as _};
+use pool::Pool;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::net::TcpSocket;
 
 use crate::tls::ClientFiles;
 
@@ -93,11 +97,15 @@ pub struct Timeouts {
 
 /// All upstreams, their peers built once.
 #[derive(Debug)]
-pub struct Upstreams(HashMap<Box<str>, Upstream>);
+pub struct Upstreams {
+    by_name: HashMap<Box<str>, Upstream>,
+    /// Of idle connections to each server.
+    pool: usize,
+}
 
 #[derive(Debug)]
 struct Upstream {
-    servers: Box<[Server]>,
+    servers: Box<[Arc<Server>]>,
     /// Indices of servers in the order of their turns: one of weight 3 is in here three times, evenly spread.
     turns: Box<[u32]>,
     balance: Balance,
@@ -108,11 +116,16 @@ struct Upstream {
     checks: Vec<Arc<Check>>,
 }
 
+/// A server, made ready for the request path.
 #[derive(Debug)]
-struct Server {
+pub(super) struct Server {
     peer: HttpPeer,
     address: SocketAddr,
+    timeouts: Timeouts,
+    /// It speaks HTTP/1, and not over TLS.
+    is_plain: bool,
     health: Arc<ServerHealth>,
+    pool: Arc<Pool>,
 }
 
 /// What is counted of an upstream, over reloads. Relaxed: each stands for itself.
@@ -147,48 +160,65 @@ pub struct Attempts {
 }
 
 impl Upstreams {
-    /// Builds the peers. Servers that were there before keep their health and counts.
-    pub fn new(settings: &[UpstreamSettings], before: Option<&Upstreams>) -> Self {
-        Upstreams(
-            settings
-                .iter()
-                .map(|upstream| {
-                    let name: Box<str> = upstream.name.as_str().into();
-                    let before = before.and_then(|before| before.0.get(&name));
-                    (name, Upstream::new(upstream, before))
-                })
-                .collect(),
-        )
+    /// Builds the peers. At most `pool` idle connections are kept to each server that requests go to directly.
+    pub fn new(settings: &[UpstreamSettings], pool: usize) -> Self {
+        Self::with(settings, pool, None)
+    }
+
+    /// Other settings. Servers that were there before keep their health, their counts and their connections.
+    pub fn changed_to(&self, settings: &[UpstreamSettings]) -> Self {
+        Self::with(settings, self.pool, Some(self))
+    }
+
+    fn with(settings: &[UpstreamSettings], pool: usize, before: Option<&Upstreams>) -> Self {
+        let built = settings.iter().map(|upstream| {
+            let name: Box<str> = upstream.name.as_str().into();
+            let before = before.and_then(|before| before.by_name.get(&name));
+            (name, Upstream::new(upstream, pool, before))
+        });
+        Upstreams {
+            by_name: built.collect(),
+            pool,
+        }
     }
 
     /// The peer for the next try of a request to the upstream called `name`.
     pub fn next(&self, name: &str, attempts: &mut Attempts) -> Option<Box<HttpPeer>> {
-        let upstream = self.0.get(name)?;
-        let server = upstream.choose(attempts.tried);
-        if attempts.made > 0 {
-            upstream.counts.retries.fetch_add(1, Ordering::Relaxed);
+        let upstream = self.by_name.get(name)?;
+        Some(Box::new(upstream.next(attempts).peer.clone()))
+    }
+
+    /// The same, as a server to be asked directly; `None` too where the upstream does not speak HTTP/1 without TLS.
+    pub(super) fn next_plain(&self, name: &str, attempts: &mut Attempts) -> Option<Arc<Server>> {
+        let upstream = self.by_name.get(name)?;
+        if !upstream.servers.first()?.is_plain {
+            return None;
         }
-        attempts.made += 1;
-        attempts.allowed = upstream.retries;
-        attempts.tried |= bit(server);
-        Some(Box::new(upstream.servers[server].peer.clone()))
+        Some(upstream.next(attempts).clone())
+    }
+
+    /// Closes connections that were not used for as long as their upstream's settings say, or that servers have closed.
+    pub fn close_old(&self, now_ns: u64) {
+        for server in self.by_name.values().flat_map(|upstream| &upstream.servers) {
+            server.pool.close_old(server.timeouts.idle, now_ns);
+        }
     }
 
     /// Counts a connection to the upstream called `name` that did not come about.
     pub fn count_connect_failure(&self, name: &str) {
-        if let Some(upstream) = self.0.get(name) {
+        if let Some(upstream) = self.by_name.get(name) {
             upstream.counts.connect_failures.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Every upstream's name and counts.
     pub fn counts(&self) -> impl Iterator<Item = (&str, &Counts)> {
-        self.0.iter().map(|(name, upstream)| (&**name, &*upstream.counts))
+        self.by_name.iter().map(|(name, upstream)| (&**name, &*upstream.counts))
     }
 
     /// Every server, in the order of names and addresses.
     pub fn servers(&self) -> Vec<ServerState> {
-        let states = self.0.iter().flat_map(|(name, upstream)| {
+        let states = self.by_name.iter().flat_map(|(name, upstream)| {
             upstream.servers.iter().map(|server| ServerState {
                 upstream: name.clone(),
                 address: server.address,
@@ -203,7 +233,7 @@ impl Upstreams {
 
     /// Every health check.
     pub(super) fn checks(&self) -> impl Iterator<Item = &Arc<Check>> {
-        self.0.values().flat_map(|upstream| &upstream.checks)
+        self.by_name.values().flat_map(|upstream| &upstream.checks)
     }
 }
 
@@ -218,11 +248,16 @@ impl Attempts {
         self.may_go_on()
     }
 
+    /// Whether to try again after a connection ended without a byte of a response to a request that is whole here.
+    pub fn again_after_silence(self, reused: bool, method: &Method) -> bool {
+        reused && method.is_safe() && self.may_go_on()
+    }
+
     /// Whether to try again after the exchange broke off. `body_is_kept`: all of the body that was read can be sent again.
     pub fn again_after(self, error: &mut Error, reused: bool, method: &Method, body_is_kept: bool) -> bool {
         // Pingora marks what a pooled connection's end may have caused, and what a server of HTTP/2 said it did not process.
         error.retry.decide_reuse(reused);
-        error.retry.retry() && reused && method.is_safe() && body_is_kept && no_byte_came(error) && self.may_go_on()
+        error.retry.retry() && body_is_kept && no_byte_came(error) && self.again_after_silence(reused, method)
     }
 }
 
@@ -240,24 +275,25 @@ fn bit(server: usize) -> u64 {
 }
 
 impl Upstream {
-    fn new(settings: &UpstreamSettings, before: Option<&Upstream>) -> Self {
-        let health = |address: SocketAddr| {
-            let same = before.and_then(|before| before.servers.iter().find(|server| server.address == address));
-            match same {
+    fn new(settings: &UpstreamSettings, pool: usize, before: Option<&Upstream>) -> Self {
+        let build = |server: &ServerSettings| {
+            let peer = peer::build(settings, server);
+            let same = before.and_then(|before| before.servers.iter().find(|other| other.address == server.address));
+            Arc::new(Server {
                 // Without checks nothing would ever bring a server back.
-                Some(server) if settings.health.is_some() => server.health.clone(),
-                _ => Arc::default(),
-            }
-        };
-        let servers: Box<[Server]> = settings
-            .servers
-            .iter()
-            .map(|server| Server {
-                peer: peer::build(settings, server),
+                health: same
+                    .filter(|_| settings.health.is_some())
+                    .map_or_else(Arc::default, |same| same.health.clone()),
+                pool: same
+                    .filter(|same| same.peer.reuse_hash() == peer.reuse_hash())
+                    .map_or_else(|| Arc::new(Pool::new(pool)), |same| same.pool.clone()),
+                peer,
                 address: server.address,
-                health: health(server.address),
+                timeouts: settings.timeouts,
+                is_plain: settings.tls.is_none() && !settings.http2,
             })
-            .collect();
+        };
+        let servers: Box<[Arc<Server>]> = settings.servers.iter().map(build).collect();
         let checks = settings.health.iter().flat_map(|health| {
             servers.iter().zip(&settings.servers).map(|(server, written)| {
                 let (peer, state) = (server.peer.clone(), server.health.clone());
@@ -274,6 +310,18 @@ impl Upstream {
             retries: settings.retries,
             counts: before.map_or_else(Arc::default, |before| before.counts.clone()),
         }
+    }
+
+    /// The server for a request's next try.
+    fn next(&self, attempts: &mut Attempts) -> &Arc<Server> {
+        let server = self.choose(attempts.tried);
+        if attempts.made > 0 {
+            self.counts.retries.fetch_add(1, Ordering::Relaxed);
+        }
+        attempts.made += 1;
+        attempts.allowed = self.retries;
+        attempts.tried |= bit(server);
+        &self.servers[server]
     }
 
     /// The next server: one that is up and was not tried yet; where there is none, one that was not tried yet, since a
@@ -316,6 +364,46 @@ impl Upstream {
             }
         };
         self.turns[turn] as usize
+    }
+}
+
+impl Server {
+    /// A connection that was used before.
+    pub fn take(&self, now_ns: u64) -> Option<Connection> {
+        self.pool.take(self.timeouts.idle, now_ns)
+    }
+
+    /// Keeps a connection, all of whose response was read, for the next request.
+    pub fn put(&self, connection: Connection, now_ns: u64) {
+        self.pool.put(connection, now_ns);
+    }
+
+    /// A new connection. `receive_buffer`: what the kernel may hold of a response, in bytes.
+    ///
+    /// # Errors
+    /// `ConnectTimedout`, `ConnectError`.
+    pub async fn connect(&self, receive_buffer: usize) -> pingora::Result<Connection> {
+        let connect = async {
+            let socket = if self.address.is_ipv4() {
+                TcpSocket::new_v4()?
+            } else {
+                TcpSocket::new_v6()?
+            };
+            socket.set_recv_buffer_size(u32::try_from(receive_buffer).unwrap_or(u32::MAX))?;
+            let stream = socket.connect(self.address).await?;
+            stream.set_nodelay(true)?;
+            Ok::<_, std::io::Error>(stream)
+        };
+        let within = tokio::time::timeout(self.timeouts.connect, connect).await;
+        let stream = within
+            .or_err_with(ErrorType::ConnectTimedout, || format!("connecting to {}", self.address))?
+            .or_err_with(ErrorType::ConnectError, || format!("connecting to {}", self.address))?;
+        Ok(Connection::new(Box::new(stream.into())))
+    }
+
+    /// How long to wait for what.
+    pub fn timeouts(&self) -> &Timeouts {
+        &self.timeouts
     }
 }
 
@@ -379,7 +467,7 @@ mod tests {
             retries: 1,
             health: None,
         };
-        Upstream::new(&settings, None)
+        Upstream::new(&settings, 0, None)
     }
 
     fn shares(upstream: &Upstream, draws: usize) -> Vec<usize> {

@@ -23,7 +23,6 @@ pub(super) fn build(settings: &UpstreamSettings, server: &ServerSettings) -> Htt
     options.read_timeout = Some(settings.timeouts.read);
     options.write_timeout = Some(settings.timeouts.write);
     options.idle_timeout = Some(settings.timeouts.idle);
-    options.tcp_recv_buf = Some(RECEIVE_BUFFER);
     if settings.http2 {
         options.alpn = ALPN::H2;
         options.max_h2_streams = MOST_STREAMS;
@@ -44,9 +43,14 @@ pub(super) fn build(settings: &UpstreamSettings, server: &ServerSettings) -> Htt
     peer
 }
 
-/// To be called while a crowd is under way ([`CROWD`]): a connection that is made now is told to hold little.
-pub(in crate::proxy) fn hold_little(peer: &mut HttpPeer) {
-    peer.options.tcp_recv_buf = Some(RECEIVE_BUFFER_IN_A_CROWD);
+/// What the kernel may hold of a response on a connection that is made now, in bytes, while so many requests are under
+/// way. Connections with one and the other are shared.
+pub(in crate::proxy) fn receive_buffer(in_flight: u64) -> usize {
+    if in_flight > CROWD {
+        RECEIVE_BUFFER_IN_A_CROWD
+    } else {
+        RECEIVE_BUFFER
+    }
 }
 
 /// Upstreams share no pooled connections, and neither do settings before and after a reload that differ in what a
@@ -71,7 +75,7 @@ fn group(settings: &UpstreamSettings) -> u64 {
 }
 
 /// What the kernel may hold of a response that nobody takes yet, in bytes (it allows itself twice as much). By itself it
-/// grows this to megabytes for every client that stops reading, as the pipe in Pingora swallows a response's start at
+/// grows this to megabytes for every client that stops reading, as the pipe on Pingora's way swallows a response's start at
 /// once. Enough for 125 MB/s from a server 1 ms away.
 const RECEIVE_BUFFER: usize = 128 * 1024;
 
@@ -81,7 +85,7 @@ const RECEIVE_BUFFER: usize = 128 * 1024;
 const RECEIVE_BUFFER_IN_A_CROWD: usize = 16 * 1024;
 
 /// More requests than this under way at once are a crowd.
-pub(in crate::proxy) const CROWD: u64 = 512;
+const CROWD: u64 = 512;
 
 /// Requests at once on one HTTP/2 connection, where the server allows as many: what RFC 9113 recommends as the least.
 const MOST_STREAMS: usize = 100;
@@ -121,8 +125,8 @@ mod tests {
         };
         let ordinary = build(&settings(), &server);
         let mut little = ordinary.clone();
-        hold_little(&mut little);
-        assert!(little.options.tcp_recv_buf < ordinary.options.tcp_recv_buf);
+        little.options.tcp_recv_buf = Some(receive_buffer(CROWD + 1));
+        assert!(little.options.tcp_recv_buf < Some(receive_buffer(CROWD)));
         assert_eq!(little.reuse_hash(), ordinary.reuse_hash());
     }
 
