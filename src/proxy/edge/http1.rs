@@ -1,5 +1,10 @@
 //! HTTP/1 connections: one checked message after the other.
 
+use std::future::Future;
+use std::pin::{Pin, pin};
+
+use futures_util::FutureExt as _;
+use futures_util::future::{Fuse, FusedFuture as _};
 use pingora::apps::HttpServerApp;
 use pingora::protocols::http::ServerSession;
 use pingora::proxy::ProxyHttp;
@@ -12,6 +17,12 @@ use super::super::strict::{HeadCheck, HeadFraming};
 use super::refusal::{refusal_head, request_id};
 use super::{Edge, EdgeRefusal, REFUSAL_DEADLINE, RefusedFor};
 
+/// Ready when the process begins to leave.
+async fn leaving(mut shutdown: ShutdownWatch) {
+    // An error: nobody is left who could say so, and the process is about to end.
+    let _ = shutdown.wait_for(|is_leaving| *is_leaving).await;
+}
+
 impl<P> Edge<P>
 where
     P: ProxyHttp + Send + Sync + 'static,
@@ -19,12 +30,13 @@ where
 {
     pub(super) async fn serve_http1(&self, mut guard: Box<Guard>, shutdown: &ShutdownWatch) {
         let mut waiting = LazyTimer::default();
-        let mut shutdown_seen = shutdown.clone();
+        // One for the whole connection: each that waits takes a place in a list, under a lock.
+        let mut leaving = pin!(leaving(shutdown.clone()).fuse());
         let mut remaining = self.settings.requests_per_connection;
         let mut is_first = true;
         loop {
             let framing = match self
-                .next_head(&mut guard, is_first, &mut waiting, &mut shutdown_seen)
+                .next_head(&mut guard, is_first, &mut waiting, leaving.as_mut())
                 .await
             {
                 Ok(Some(framing)) => framing,
@@ -62,7 +74,7 @@ where
         guard: &mut Guard,
         is_first: bool,
         waiting: &mut LazyTimer,
-        shutdown: &mut ShutdownWatch,
+        mut leaving: Pin<&mut Fuse<impl Future<Output = ()>>>,
     ) -> Result<Option<HeadFraming>, EdgeRefusal> {
         if guard.buffer().is_empty() {
             let patience = if is_first {
@@ -71,11 +83,11 @@ where
                 self.settings.idle_timeout
             };
             let mut deadline = Instant::now() + patience;
-            if *shutdown.borrow() {
-                deadline = deadline.min(Instant::now() + self.activity.linger_or(self.settings.shutdown_linger));
+            let linger = || Instant::now() + self.activity.linger_or(self.settings.shutdown_linger);
+            if leaving.is_terminated() {
+                deadline = deadline.min(linger());
             }
             loop {
-                let is_shutting_down = *shutdown.borrow();
                 tokio::select! {
                     biased;
                     read = guard.fill() => match read {
@@ -83,15 +95,8 @@ where
                         Ok(0) | Err(_) => return Ok(None),
                     },
                     () = waiting.until(deadline) => return Ok(None),
-                    changed = shutdown.changed(), if !is_shutting_down => {
-                        // A request may be on its way at this moment: answer it, and close then.
-                        if changed.is_err() {
-                            return Ok(None);
-                        }
-                        if *shutdown.borrow() {
-                            deadline = deadline.min(Instant::now() + self.activity.linger_or(self.settings.shutdown_linger));
-                        }
-                    }
+                    // A request may be on its way at this moment: answer it, and close then.
+                    () = leaving.as_mut(), if !leaving.is_terminated() => deadline = deadline.min(linger()),
                 }
             }
         }
