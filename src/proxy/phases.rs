@@ -28,10 +28,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 #[async_trait]
 impl ProxyHttp for Proxy {
-    type CTX = Context;
+    // Boxed: Pingora moves it some times for each request, and has room for it in several places of its future.
+    type CTX = Box<Context>;
 
-    fn new_ctx(&self) -> Context {
-        Context {
+    fn new_ctx(&self) -> Box<Context> {
+        Box::new(Context {
             now: self.0.clock.now(),
             peer: None,
             client: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -45,7 +46,7 @@ impl ProxyHttp for Proxy {
             attempts: Attempts::default(),
             passed_on: None,
             _under_way: UnderWay::new(&self.0.in_flight),
-        }
+        })
     }
 
     /// None: the compression module that Pingora adds by default costs allocations and changes nothing here.
@@ -54,7 +55,7 @@ impl ProxyHttp for Proxy {
     fn early_request_filter<'p, 's, 'c, 'f>(
         &'p self,
         _session: &'s mut Session,
-        _context: &'c mut Context,
+        _context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<()>>
     where
         'p: 'f,
@@ -67,7 +68,7 @@ impl ProxyHttp for Proxy {
     fn request_filter<'p, 's, 'c, 'f>(
         &'p self,
         session: &'s mut Session,
-        context: &'c mut Context,
+        context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<bool>>
     where
         'p: 'f,
@@ -92,7 +93,7 @@ impl ProxyHttp for Proxy {
     fn proxy_upstream_filter<'p, 's, 'c, 'f>(
         &'p self,
         session: &'s mut Session,
-        context: &'c mut Context,
+        context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<bool>>
     where
         'p: 'f,
@@ -110,7 +111,7 @@ impl ProxyHttp for Proxy {
         })
     }
 
-    async fn upstream_peer(&self, _session: &mut Session, context: &mut Context) -> pingora::Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, _session: &mut Session, context: &mut Self::CTX) -> pingora::Result<Box<HttpPeer>> {
         // Further tries are part of what the upstream took.
         context.upstream_started.get_or_insert_with(|| self.0.clock.now());
         if let Some(successor) = &context.passed_on {
@@ -132,7 +133,7 @@ impl ProxyHttp for Proxy {
         _peer: &'u HttpPeer,
         _fd: RawFd,
         _digest: Option<&'d Digest>,
-        _context: &'c mut Context,
+        _context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<()>>
     where
         'p: 'f,
@@ -148,7 +149,7 @@ impl ProxyHttp for Proxy {
         &'p self,
         session: &'s mut Session,
         request: &'r mut RequestHeader,
-        context: &'c mut Context,
+        context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<()>>
     where
         'p: 'f,
@@ -163,7 +164,7 @@ impl ProxyHttp for Proxy {
         &self,
         _session: &mut Session,
         _peer: &HttpPeer,
-        context: &mut Context,
+        context: &mut Self::CTX,
         mut error: Box<Error>,
     ) -> Box<Error> {
         error.set_retry(self.may_try_again_after_no_connection(context));
@@ -175,7 +176,7 @@ impl ProxyHttp for Proxy {
         _peer: &HttpPeer,
         session: &mut Session,
         mut error: Box<Error>,
-        context: &mut Context,
+        context: &mut Self::CTX,
         reused: bool,
     ) -> Box<Error> {
         let body_is_kept = !session.as_ref().retry_buffer_truncated();
@@ -189,7 +190,7 @@ impl ProxyHttp for Proxy {
         &'p self,
         _session: &'s mut Session,
         _response: &'r mut ResponseHeader,
-        _context: &'c mut Context,
+        _context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<()>>
     where
         'p: 'f,
@@ -204,7 +205,7 @@ impl ProxyHttp for Proxy {
         &'p self,
         session: &'s mut Session,
         response: &'r mut ResponseHeader,
-        context: &'c mut Context,
+        context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<()>>
     where
         'p: 'f,
@@ -220,7 +221,7 @@ impl ProxyHttp for Proxy {
         _session: &mut Session,
         _body: &mut Option<Bytes>,
         end_of_stream: bool,
-        context: &mut Context,
+        context: &mut Self::CTX,
     ) -> pingora::Result<Option<Duration>> {
         if end_of_stream {
             context.upstream_ended = Some(self.0.clock.now());
@@ -233,7 +234,7 @@ impl ProxyHttp for Proxy {
         _session: &'s mut Session,
         body: &'b mut Option<Bytes>,
         end_of_stream: bool,
-        _context: &'c mut Context,
+        _context: &'c mut Self::CTX,
     ) -> Filter<'f, pingora::Result<()>>
     where
         'p: 'f,
@@ -245,7 +246,7 @@ impl ProxyHttp for Proxy {
         filtered(Ok(()))
     }
 
-    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Context) -> FailToProxy {
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, context: &mut Self::CTX) -> FailToProxy {
         if context.upstream_started.is_some() {
             let now = self.0.clock.now();
             context.upstream_answered.get_or_insert(now);
@@ -278,7 +279,7 @@ impl ProxyHttp for Proxy {
         &'p self,
         session: &'s mut Session,
         _error: Option<&'e Error>,
-        context: &'c mut Context,
+        context: &'c mut Self::CTX,
     ) -> Filter<'f, ()>
     where
         'p: 'f,
@@ -294,7 +295,7 @@ impl ProxyHttp for Proxy {
     fn suppress_proxy_warn_log(
         &self,
         _session: &Session,
-        _context: &Context,
+        _context: &Self::CTX,
         _error: &Error,
         _why: ProxyWarnLogContext,
     ) -> bool {
@@ -302,7 +303,7 @@ impl ProxyHttp for Proxy {
     }
 
     /// Pingora logs every failed request as an error with its whole summary; the access log has them.
-    fn suppress_error_log(&self, _session: &Session, _context: &Context, _error: &Error) -> bool {
+    fn suppress_error_log(&self, _session: &Session, _context: &Self::CTX, _error: &Error) -> bool {
         true
     }
 }
