@@ -124,6 +124,39 @@ async fn a_dead_pooled_connection_is_tried_again_for_safe_methods_only() {
 }
 
 #[tokio::test]
+async fn a_connection_is_used_again_until_it_has_rested_for_its_time() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let gate = GateAlone::start(&format!("origin: {{servers: [\"{address}\"], timeouts: {{idle: 2s}}}}")).await;
+    // A field that only Pingora's way takes off, or none.
+    for field in ["accept", "te"] {
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            for _ in 0..3 {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    assert!(
+                        stream.read_buf(&mut head).await.unwrap() > 0,
+                        "{field}: closed too early"
+                    );
+                }
+                let answer = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+            let end = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut [0])).await;
+            assert_eq!(end.expect("closed in time").unwrap(), 0, "{field}");
+        };
+        let ask = async {
+            for _ in 0..3 {
+                let request = gate.request(Method::GET, "/x").header(field, "trailers");
+                assert_eq!(request.send().await.unwrap().status(), 200, "{field}");
+            }
+        };
+        tokio::join!(serve, ask);
+    }
+}
+
+#[tokio::test]
 async fn a_killed_server_is_passed_over_and_asked_again_once_it_is_back() {
     let (one, two) = (
         Origin::start("one", Manner::Answers).await,
