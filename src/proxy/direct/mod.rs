@@ -14,7 +14,7 @@ mod request;
 pub(super) use request::may_go_directly;
 
 use super::upstream::{Connection, Server, receive_buffer};
-use super::{Context, Proxy};
+use super::{Context, FIELDS_ADDED, Proxy};
 use answer::Plain;
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;
@@ -39,18 +39,41 @@ impl Proxy {
     /// # Errors
     /// As Pingora's own way would fail.
     pub(super) async fn pass_directly(&self, session: &mut Session, context: &mut Context) -> pingora::Result<bool> {
-        let Some(mut server) = self.next_server(context) else {
+        let Some(first) = self.next_server(context) else {
             return Ok(false);
         };
-        let started = self.0.clock.now();
-        context.upstream_started = Some(started);
+        context.upstream_started = Some(self.0.clock.now());
         let body = if session.as_mut().is_body_done() {
             Bytes::new()
         } else {
             read_body(session).await?
         };
-        let mut pooled = server.take(started.elapsed_ns);
-        let (connection, read) = loop {
+        let (server, mut connection) = self.ask_servers(session, context, first, &body).await?;
+        let read = connection.buffer.split().freeze();
+        match Plain::of(&read, FIELDS_ADDED) {
+            Some(plain) => {
+                let passed = self.pass_back(session, context, &server, connection, plain, read);
+                passed.await?;
+            }
+            None => {
+                connection.stream.rewind(&read);
+                self.pass_back_by_pingora(session, context, &server, connection).await?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends the request to `server`, and to others where nothing of it can have had an effect. Returns the server that
+    /// answers, and the connection with the first bytes of its answer in the buffer.
+    async fn ask_servers(
+        &self,
+        session: &mut Session,
+        context: &mut Context,
+        mut server: Arc<Server>,
+        body: &[u8],
+    ) -> pingora::Result<(Arc<Server>, Connection)> {
+        let mut pooled = server.take(self.0.clock.now().elapsed_ns);
+        loop {
             let is_reused = pooled.is_some();
             let connected = match pooled.take() {
                 Some(connection) => Ok(connection),
@@ -61,12 +84,9 @@ impl Proxy {
             };
             let error = match connected {
                 Ok(mut connection) => {
-                    self.write_request(session, context, &body, &mut connection.buffer)?;
+                    self.write_request(session, context, body, &mut connection.buffer)?;
                     match ask(&mut connection, session, &server).await? {
-                        Asked::Answered => {
-                            let read = connection.buffer.split().freeze();
-                            break (connection, read);
-                        }
+                        Asked::Answered => return Ok((server, connection)),
                         Asked::Silence(error) => {
                             let method = &session.req_header().method;
                             if !context.attempts.again_after_silence(is_reused, method) {
@@ -82,19 +102,7 @@ impl Proxy {
             // Again on a new connection, which cannot have grown old. There is no such server where a reload has changed
             // how the upstream is spoken to.
             server = self.next_server(context).ok_or_else(|| error.into_up())?;
-        };
-        match Plain::of(&read, super::FIELDS_ADDED) {
-            Some(plain) => {
-                self.pass_back(session, context, &server, connection, plain, read)
-                    .await?
-            }
-            None => {
-                let mut connection = connection;
-                connection.stream.rewind(&read);
-                self.pass_back_by_pingora(session, context, &server, connection).await?;
-            }
         }
-        Ok(true)
     }
 
     /// The server for the next try, if its upstream can be reached this way.

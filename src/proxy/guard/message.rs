@@ -1,12 +1,13 @@
 //! One HTTP/1 message, and what follows it.
 
+use std::future::Future as _;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut as _, BytesMut};
 use pingora::protocols::Stream;
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, ReadBuf};
 
 use super::super::strict::{Ambiguity, BodyFraming, ChunkCheck, HeadFraming};
 use super::{Guard, GuardError, MIN_READ, Mode};
@@ -178,13 +179,9 @@ fn poll_read_ahead(
 
 /// Reads up to `most` bytes into the buffer's end.
 fn poll_fill(io: &mut Stream, buffer: &mut BytesMut, cx: &mut Context<'_>, most: usize) -> Poll<io::Result<usize>> {
-    let before = buffer.len();
-    buffer.resize(before + most, 0);
-    let mut space = ReadBuf::new(&mut buffer[before..]);
-    let result = Pin::new(io).poll_read(cx, &mut space);
-    let read = space.filled().len();
-    buffer.truncate(before + read);
-    result.map_ok(|()| read)
+    buffer.reserve(most);
+    // Into memory that nobody has to zero first. A read that is given up has read nothing.
+    pin!(io.read_buf(&mut buffer.limit(most))).poll(cx)
 }
 
 /// At once for a chunked body, which must be looked at before it is passed on.
