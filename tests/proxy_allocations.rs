@@ -29,11 +29,11 @@ use tollgate::proxy::edge::{Edge, EdgeObserver, EdgeSettings};
 use tollgate::proxy::{Balance, Proxy, ResponseSettings, ServerSettings, Settings, Timeouts, UpstreamSettings};
 
 /// Allocations of a request that passes. Lower them with pride; raising them needs a reason.
-const PASSED: u64 = 28;
-/// Of one whose key cannot be a key.
-const MALFORMED_KEY: u64 = 26;
-/// Of one over its limit.
-const RATE_LIMITED: u64 = 30;
+const PASSED: u64 = 27;
+/// Of one whose key cannot be a key. One more than before its context was boxed, which cost a copy in several places.
+const MALFORMED_KEY: u64 = 27;
+/// Of one over its limit. As above.
+const RATE_LIMITED: u64 = 31;
 
 /// Requests that are counted; the figure is their mean, rounded down.
 const REQUESTS: u64 = 200;
