@@ -47,8 +47,8 @@ pub struct Scenario {
     pub protocol: Protocol,
     pub path: &'static str,
     pub credential: Credential,
-    /// The status that every answer must have.
-    pub status: u16,
+    /// The status that every answer must have; `None`: any.
+    pub status: Option<u16>,
 }
 
 const ONE: Setup = Setup {
@@ -73,7 +73,7 @@ pub fn all() -> Vec<Scenario> {
         protocol,
         path,
         credential,
-        status,
+        status: Some(status),
     };
     vec![
         row("public rule, no key", ONE, Http1, "/public/0", None, 200),
@@ -94,4 +94,14 @@ pub fn all() -> Vec<Scenario> {
         row("10 k keys, access log", LOGGED, Http1, "/v1/0", Valid, 200),
         row("10 k keys, two workers", TWO, Http1, "/v1/0", Valid, 200),
     ]
+}
+
+impl Scenario {
+    /// The same to warm up with: the keys that are to be over their limit are not, the first time.
+    pub fn warming_up(&self) -> Self {
+        Scenario {
+            status: Option::None,
+            ..self.clone()
+        }
+    }
 }
