@@ -64,7 +64,9 @@ async fn whatever_an_upstream_answers_both_ways_pass_it_on_alike() {
         let direct = exchange(&gate, &upstream, answer.clone(), request, DIRECT_WAY).await;
         let pingoras = exchange(&gate, &upstream, answer, request, PINGORAS_WAY).await;
         assert_eq!(direct, pingoras, "{name}");
-        // Among them one that comes in too many fields to be read.
+        if name.starts_with("101") {
+            assert!(direct.client.starts_with("HTTP/1.1 502 "), "{}", direct.client);
+        }
         assert!(direct.client.starts_with("HTTP/1.1 "), "{name}: {}", direct.client);
         kept += usize::from(matches!(&direct.upstream[..], [(one, _), (other, _)] if one == other));
     }

@@ -18,8 +18,8 @@ use super::{Context, FIELDS_ADDED, Proxy};
 use answer::Plain;
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;
+use http::StatusCode;
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{StatusCode, Version};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use pingora::protocols::http::v1::client::HttpSession as ClientSession;
@@ -312,7 +312,6 @@ fn frame_anew(head: &mut ResponseHeader) -> pingora::Result<()> {
     if has_no_body || head.headers.contains_key(TRANSFER_ENCODING) || head.headers.contains_key(CONTENT_LENGTH) {
         return Ok(());
     }
-    head.set_version(Version::HTTP_11);
     head.insert_header(TRANSFER_ENCODING, "chunked")
 }
 

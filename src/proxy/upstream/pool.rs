@@ -73,8 +73,9 @@ impl Pool {
         loop {
             let mut idle = self.lock().pop_back()?;
             if idle.is_older_than(timeout, now_ns) {
-                // So are all before it.
-                drop(std::mem::take(&mut *self.lock()));
+                // So are all before it. Closed when nobody waits for it, as below.
+                let older = std::mem::take(&mut *self.lock());
+                drop(older);
                 return None;
             }
             if idle.connection.is_quiet() {
