@@ -207,7 +207,7 @@ impl Proxy {
         let Some(access_log) = &self.0.access_log else { return };
         access_log.log(&Entry {
             unix_ms: self.0.clock.now().unix_ms,
-            client: &client.map_or_else(String::new, |client| client.ip().to_string()),
+            client: client.map(|client| client.ip()),
             request_id,
             // Nothing that was sent is repeated: it could not be read in one way only.
             method: "-",

@@ -521,7 +521,7 @@ impl Proxy {
         let request = session.req_header();
         access_log.log(&Entry {
             unix_ms: context.now.unix_ms,
-            client: &context.client.to_string(),
+            client: Some(context.client),
             request_id: context
                 .request_id
                 .as_ref()
