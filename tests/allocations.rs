@@ -1,4 +1,5 @@
-//! A decision allocates nothing: not to let a request pass, and not to refuse it for whatever reason.
+//! A decision allocates nothing: not to let a request pass, and not to refuse it for whatever reason. Nor does a line of
+//! the access log, but for room for many.
 //!
 //! An allocator that counts, per thread, what is asked of it stands under everything. Each case is tried until it has
 //! made what is made once (a key's window in a tier, an address's, a thread's place in the maps), then watched.
@@ -15,6 +16,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 use tollgate::clock::Clock;
 use tollgate::gate::{FailedAttemptsSettings, Gate, KeyUpdate, PlanSettings, SecretUpdate, Settings};
+use tollgate::proxy::access_log::{self, AccessLog, Entry, Format, Output};
 
 /// The system's allocator, counting.
 struct Counting;
@@ -347,6 +349,44 @@ fn no_refusal_of_a_gate_that_is_not_ready_allocates() {
     let stale = fixture();
     stale.set_stale(true);
     watch(&stale, &not_ready("stale snapshot"), &clock);
+}
+
+#[test]
+fn no_line_of_the_access_log_allocates_but_room_for_fifty() {
+    const LINES: usize = 10_000;
+    let entry = Entry {
+        bytes_sent: 36,
+        client: Some("2001:db8::7".parse().unwrap()),
+        decision: "PASSED",
+        duration_us: 123,
+        host: "api.example.com",
+        key_id: LONG_ID,
+        method: "GET",
+        organization: "org_1",
+        path: "/things/\"1\"",
+        request_id: "0f8fad5bd9cb469fa16570867728950e",
+        route: "things",
+        status: 200,
+        tier: "default",
+        unix_ms: START_MS,
+        traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        upstream_us: 80,
+    };
+    for format in [Format::Json, Format::Text] {
+        let settings = access_log::Settings {
+            format,
+            output: Output::File("/dev/null".into()),
+            buffer_lines: LINES + 1,
+        };
+        let (log, writer) = AccessLog::open(&settings).unwrap();
+        log.log(&entry);
+        let ((), calls) = calls_in(|| (0..LINES).for_each(|_| log.log(&entry)));
+        // Between a hundred and two hundred lines find room in a chunk; how many chunks there are is the writer's pace.
+        assert!(calls <= LINES as u64 / 50, "{format:?}: {calls} calls of the allocator");
+        drop(writer);
+        assert_eq!((log.written(), log.dropped()), (LINES as u64 + 1, 0));
+        println!("{LINES} lines, {format:?}: {calls} calls of the allocator");
+    }
 }
 
 #[test]
