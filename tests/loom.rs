@@ -14,7 +14,7 @@ mod gate {
     pub mod limit;
     pub mod window;
     pub mod sync {
-        pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+        pub use loom::sync::atomic::{AtomicU64, Ordering};
     }
     #[path = "../../tests/window_support/spec.rs"]
     pub mod spec;

@@ -16,6 +16,7 @@
 //!   replaced on demand like any other.
 //! - **Reserve**: where the limit is shared with other gates, a [`Reservation`] for the tier is pushed on `more` like a
 //!   window. It decides; the window then only records what was given, for the journal.
+//! - **Enter**: where a plan limits the requests under way, their count is pushed on `more`, too, once for all tiers.
 
 use super::limit::Limit;
 use super::reservation::{Reservation, Spend};
@@ -38,9 +39,6 @@ pub(super) struct Place {
     shape: AtomicU64,
     undrained: Undrained,
     more: ArcSwapOption<Node>,
-    /// Requests under way, counted only where a plan limits them; a count of its own, because requests may outlive the
-    /// place. Relaxed: it guards no other memory.
-    in_flight: ArcSwapOption<AtomicU32>,
     /// The key's slot, once it has the place's number; before that [`NONE`], at the end [`LEFT`].
     owner: AtomicU32,
     first_tier: AtomicU16,
@@ -80,6 +78,9 @@ struct Node {
 enum Held {
     Window(TierWindow),
     Reservation(Arc<Reservation>),
+    /// Requests under way, counted only where a plan limits them, in all tiers together; a count of its own, because requests
+    /// may outlive the place. Relaxed: it guards no other memory.
+    InFlight(Arc<AtomicU32>),
     /// The sentinel that says these windows are given back.
     Nothing,
 }
@@ -161,7 +162,6 @@ impl Place {
             shape: AtomicU64::new(0),
             undrained: Undrained::default(),
             more: ArcSwapOption::empty(),
-            in_flight: ArcSwapOption::empty(),
             owner: AtomicU32::new(NONE),
             first_tier: AtomicU16::new(u16::MAX),
         }
@@ -207,9 +207,6 @@ impl<'a> KeyWindows<'a> {
         let place = self.place;
         if place.more.load().is_some() {
             place.more.store(None);
-        }
-        if place.in_flight.load().is_some() {
-            place.in_flight.store(None);
         }
         place.owner.store(NONE, Relaxed);
     }
@@ -390,15 +387,23 @@ impl<'a> KeyWindows<'a> {
     }
 
     /// A place under the concurrency cap; `None` where all are taken. Allocates at the first use.
-    pub fn enter(self, max_in_flight: u32) -> Option<InFlight> {
+    pub fn enter(self, max_in_flight: u32) -> Result<Option<InFlight>, GivenBack> {
         loop {
-            let held = self.place.in_flight.load();
-            if let Some(count) = &*held {
+            let head = self.place.more.load();
+            if head.as_ref().is_some_and(|node| node.is_sentinel()) {
+                return Err(GivenBack);
+            }
+            if let Some(count) = in_flight(head.as_ref()) {
                 let before = count.fetch_add(1, Relaxed);
                 let entered = InFlight(count.clone());
-                return (before < max_in_flight).then_some(entered);
+                return Ok((before < max_in_flight).then_some(entered));
             }
-            self.place.in_flight.compare_and_swap(&held, Some(Arc::default()));
+            let node = Node {
+                tier: self.first_tier(),
+                held: Held::InFlight(Arc::default()),
+                next: head.clone(),
+            };
+            self.place.more.compare_and_swap(&head, Some(Arc::new(node)));
         }
     }
 
@@ -452,11 +457,10 @@ impl<'a> KeyWindows<'a> {
     /// Gives all windows back if none has counted anything within its length and no request is under way.
     /// `true`: nothing can be taken from them any more, and the slot must forget them.
     pub fn give_back_if_idle(self, now_ns: u64) -> bool {
-        let in_flight = self.place.in_flight.load();
-        if in_flight.as_ref().is_some_and(|count| count.load(Relaxed) != 0) {
+        let head = self.place.more.load_full();
+        if in_flight(head.as_ref()).is_some_and(|count| count.load(Relaxed) != 0) {
             return false;
         }
-        let head = self.place.more.load_full();
         let mut all_idle = true;
         self.for_each(|_, own| all_idle = all_idle && own.window.retire_if_idle(now_ns));
         if !all_idle {
@@ -506,6 +510,18 @@ fn newest(head: Option<&Arc<Node>>, tier: NameId) -> Option<TierRef<'_>> {
             && let Some(own) = node.window()
         {
             return Some(own);
+        }
+        next = node.next.as_ref();
+    }
+    None
+}
+
+/// The count of requests under way.
+fn in_flight(head: Option<&Arc<Node>>) -> Option<&Arc<AtomicU32>> {
+    let mut next = head;
+    while let Some(node) = next {
+        if let Held::InFlight(count) = &node.held {
+            return Some(count);
         }
         next = node.next.as_ref();
     }

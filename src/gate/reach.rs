@@ -27,7 +27,7 @@ impl Gate {
         let (tier, now_ns) = (rule.tier.id, now.elapsed_ns);
         let take = |windows: KeyWindows<'_>| {
             // The place under the cap is reserved before the permit is taken, because a permit cannot be given back.
-            let entered = plan.max_in_flight.map(|most| windows.enter(most));
+            let entered = plan.max_in_flight.map(|most| windows.enter(most)).transpose()?;
             if let Some(None) = entered {
                 return Ok(windows.peek(tier, limit, now_ns)?.map(|refused| (refused, None)));
             }

@@ -38,7 +38,7 @@ impl Gate {
         let mut tell = false;
         let (in_flight, reservation, outcome) = self.on_windows(key.owner, tier, limit, now, |windows| {
             let reservation = windows.reservation(tier, limit, make)?;
-            let entered = plan.max_in_flight.map(|most| windows.enter(most));
+            let entered = plan.max_in_flight.map(|most| windows.enter(most)).transpose()?;
             if let Some(None) = entered {
                 return Ok((None, reservation, None));
             }

@@ -2,4 +2,4 @@
 //!
 //! They have a module of their own so that `tests/loom.rs` can compile the real `window.rs` against loom's.
 
-pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+pub use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! The sliding window: one key's permits in one tier, exact, lock-free, in 152 to 536 bytes.
+//! The sliding window: one key's permits in one tier, exact, lock-free, in 160 to 544 bytes.
 //!
 //! # What it promises
 //! For a limit of L permits in any window of length W, for any number of threads and any clock readings:
@@ -25,23 +25,25 @@
 //! | `head` | `[epoch e:33 \| permits given in e:31]`, or closed |
 //! | `prior` | `[epoch:33 \| sum of the K sub-buckets before that epoch:31]`, of use while its epoch is head's |
 //! | `ring` | the counts of closed sub-buckets, each with its epoch, in K + 1 slots; an absent epoch has count 0 |
-//! | `oldest` | a hint: the low half of the number of the oldest sub-bucket with a permit in it |
+//! | `until` | the first tick after prior's sub-bucket, where that is head's |
+//! | `leaves` | a hint: the tick from which the oldest sub-bucket with a permit in it no longer counts |
 //!
-//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 536 bytes for up to
-//! 2,147,483,647 permits, 296 for up to 32,767, 216 for up to 1,023, 152 for up to 63; in windows of an hour and longer,
-//! 296 for up to 524,287, 216 for up to 8,191, 152 for up to 255. All but the ring lies together, so
+//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 544 bytes for up to
+//! 2,147,483,647 permits, 304 for up to 32,767, 224 for up to 1,023, 160 for up to 63; in windows of an hour and longer,
+//! 304 for up to 524,287, 224 for up to 8,191, 160 for up to 255. All but the ring lies together, so
 //! a permit touches one cache line while head stays in its sub-bucket, and one also where the window has rested for
 //! longer than it is long; any other advance, and a refusal, touch the ring.
 //!
 //! # The protocol
-//! - **Take** (1): load head, load prior. If the clock is before the end of head's sub-bucket (a late clock is, too),
-//!   the epochs agree and prior + count + cost ≤ L: compare-and-swap head to count + cost.
+//! - **Take** (1): load prior, until and head, until after prior. If the clock is before until (a late clock is, too), the epochs
+//!   agree and prior + count + cost ≤ L: compare-and-swap head to count + cost.
 //! - **Advance** (2) from e to n: s = the sum of sub-buckets n−K to n−1. Record head's count in e's slot (3), then
-//!   compare-and-swap head to `[n | cost]`, or to `[n | 0]` where s + cost > L, then raise prior to `[n | s]` (4).
+//!   compare-and-swap head to `[n | cost]`, or to `[n | 0]` where s + cost > L, then raise until to the end of n and prior to
+//!   `[n | s]` (4).
 //!   Where n is more than K later and gets a permit, (3) is left out: no sum from n on asks for e, and what is closed or
 //!   exported with a permit in n is placed at n or later, where e does not count. The ring is not touched then.
-//! - **Mend** (5): where prior's epoch is not head's, the winner of an advance has not reached (4). Any thread
-//!   sums the ring itself, raises prior and goes on, so a stalled thread stops nobody.
+//! - **Mend** (5): where prior's epoch is not head's, the winner of an advance has not finished (4). Any thread
+//!   sums the ring itself, raises until and prior and goes on, so a stalled thread stops nobody.
 //! - **Refuse** (6): walk the slots, oldest first, until enough would have left; head must still be in its epoch.
 //! - **Close** (7): record head's count as in (3), then compare-and-swap head to closed, for ever.
 //!
@@ -61,6 +63,11 @@
 //! that later head happens before our compare-and-swap (or second look), which then cannot find the old one.
 //! With relaxed accesses there we could read from the future and still find head unmoved.
 //!
+//! *Until is the end of head's sub-bucket* where prior's epoch is head's: no less, as it is only raised, and was before prior
+//! was, and whoever acquires prior sees that; no more if head did not move, as for a prior or a slot from the future.
+//! It says nothing that head's epoch does not, and is there for the take, which would otherwise multiply between a load
+//! and the swap.
+//!
 //! *What head promises is there to see.* (3) is a release and is followed by a release on head; a thread that acquires
 //! head sees all slots before it, since every swap of head also acquires and so hands on what came before.
 //!
@@ -75,7 +82,7 @@ pub use counts::WindowCounts;
 use super::limit::{
     CLOSED, Grid, LANES, LAST_EPOCH, Limit, capacity, count_of, epoch_of, pack, seconds_until, ticks_at,
 };
-use super::sync::{AtomicU32, AtomicU64, Ordering};
+use super::sync::{AtomicU64, Ordering};
 
 /// The sliding window as the gate uses it, with sub-buckets of a sixtieth.
 pub type Window = SlidingWindow<60>;
@@ -83,7 +90,7 @@ pub type Window = SlidingWindow<60>;
 /// A sliding window of `K` sub-buckets, with a memory of its own. [`Window`] is the one to use; a model checker wants
 /// shorter rings.
 ///
-/// The common path stays within 32 bytes of it, which fit into one cache line; whoever keeps several places each in a line
+/// The common path stays within 40 bytes of it, which fit into one cache line; whoever keeps several places each in a line
 /// of its own, so that threads with different keys do not disturb each other.
 #[repr(C)]
 pub struct SlidingWindow<const K: u64> {
@@ -98,7 +105,8 @@ pub struct SlidingWindow<const K: u64> {
 pub(super) struct Words {
     head: AtomicU64,
     prior: AtomicU64,
-    oldest: AtomicU32,
+    until: AtomicU64,
+    leaves: AtomicU64,
 }
 
 /// What a window is made for.
@@ -163,7 +171,16 @@ impl<const K: u64> SlidingWindow<K> {
     /// See [`Refused`]; nothing was taken then.
     #[inline]
     pub fn take(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
-        self.by_ref().take(limit, cost, now_ns)
+        match self.by_ref().take_at_once(limit, cost, now_ns) {
+            Some(taken) => Ok(taken),
+            None => self.take_otherwise(limit, cost, now_ns),
+        }
+    }
+
+    /// Apart, and by the reference that the caller has anyway, so that the common path keeps nothing for it.
+    #[inline(never)]
+    fn take_otherwise(&self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
+        self.by_ref().take_otherwise(limit, cost, now_ns)
     }
 
     /// Whether `cost` permits could be taken now. Spends nothing.
@@ -218,7 +235,7 @@ impl<const K: u64> SlidingWindow<K> {
     fn at(window_ms: u32, most: u32, epoch: u64) -> Self {
         let lanes = lanes_for::<K>(window_ms, most);
         SlidingWindow {
-            words: Words::at::<K>(epoch),
+            words: Words::at(Grid::<K>::new(window_ms), epoch),
             shape: Shape::new(window_ms, lanes),
             ring: (0..ring_len::<K>(lanes)).map(|_| AtomicU64::new(0)).collect(),
         }
@@ -231,15 +248,17 @@ impl Words {
         Words {
             head: AtomicU64::new(CLOSED),
             prior: AtomicU64::new(CLOSED),
-            oldest: AtomicU32::new(0),
+            until: AtomicU64::new(0),
+            leaves: AtomicU64::new(0),
         }
     }
 
-    fn at<const K: u64>(epoch: u64) -> Self {
+    fn at<const K: u64>(grid: Grid<K>, epoch: u64) -> Self {
         Words {
             head: AtomicU64::new(pack(epoch, 0)),
             prior: AtomicU64::new(pack(epoch, 0)),
-            oldest: AtomicU32::new(before_all::<K>(epoch)),
+            until: AtomicU64::new(grid.start_of(epoch + 1)),
+            leaves: AtomicU64::new(0),
         }
     }
 }
@@ -267,42 +286,67 @@ impl<'a, const K: u64> WindowRef<'a, K> {
 
     /// Makes it one in which nothing was taken yet. Nobody else has it: whoever hands it over synchronises.
     pub fn begin(self, limit: Limit, now_ns: u64) {
-        let new = Words::at::<K>(epoch_at::<K>(limit, now_ns));
-        self.words
-            .head
-            .store(new.head.load(Ordering::Relaxed), Ordering::Relaxed);
-        self.words
-            .prior
-            .store(new.prior.load(Ordering::Relaxed), Ordering::Relaxed);
-        self.words
-            .oldest
-            .store(new.oldest.load(Ordering::Relaxed), Ordering::Relaxed);
+        let new = Words::at(Grid::<K>::new(window_ms(limit)), epoch_at::<K>(limit, now_ns));
+        let copy = |to: &AtomicU64, from: AtomicU64| to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        copy(&self.words.head, new.head);
+        copy(&self.words.prior, new.prior);
+        copy(&self.words.until, new.until);
+        copy(&self.words.leaves, new.leaves);
         self.ring.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// What nearly all takes come to: nothing changes but head's count. `None`: nothing was taken, and
+    /// [`WindowRef::take`] is to be asked.
+    ///
+    /// The swap is a locked operation, which waits until all before it is done, what was put on the stack included. So the rest
+    /// is kept short: no multiplication after a load, one comparison for what hangs on head, which is there last, and
+    /// few values that are needed before the swap and after.
+    #[inline(always)]
+    fn take_at_once(self, limit: Limit, cost: u32, now_ns: u64) -> Option<Taken> {
+        let now = ticks_at(now_ns);
+        let prior = self.words.prior.load(Ordering::Acquire); // (1)
+        let until = self.words.until.load(Ordering::Acquire); // (1), after prior
+        if now >= until {
+            return None;
+        }
+        let head = self.words.head.load(Ordering::Acquire); // (1)
+        let leaves = self.words.leaves.load(Ordering::Acquire);
+        let before = u64::from(count_of(prior)) + u64::from(cost);
+        // Head's count, or more than there can be room for where head is not in prior's epoch.
+        let count = head.wrapping_sub(pack(epoch_of(prior), 0));
+        if self.can_serve(limit)
+            && leaves >= until
+            && let Some(room) = u64::from(limit.permits()).checked_sub(before)
+            && count <= room
+            && self.swap_in(head, cost)
+        {
+            return Some(Taken {
+                remaining: (room - count) as u32,
+                reset_s: seconds_until(leaves, now),
+            });
+        }
+        None
     }
 
     /// [`SlidingWindow::take`].
     #[inline(always)]
     pub fn take(self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
-        // By the limit's length rather than the window's, which would have to be waited for; they are compared first.
-        let grid = Grid::<K>::new(window_ms(limit));
-        let now = ticks_at(now_ns);
-        let head = self.words.head.load(Ordering::Acquire); // (1)
-        let prior = self.words.prior.load(Ordering::Acquire); // (1)
-        let hint = self.words.oldest.load(Ordering::Acquire);
-        // By prior's epoch, which is not as new as head often is in a busy window: the swap waits for what is reckoned from
-        // head. Prior never has the epoch of a closed head, so the start of the next epoch is one that exists.
-        let epoch = epoch_of(prior);
-        let counted = sum_of(count_of(prior), count_of(head), cost);
-        if self.can_serve(limit)
-            && now < grid.start_of(epoch + 1)
-            && epoch_of(head) == epoch
-            && counted <= u64::from(limit.permits())
-            && let Some(oldest) = Self::oldest_by(hint, epoch)
-            && self.swap_in(head, cost)
-        {
-            return Ok(taken(limit, counted, oldest, grid, now));
+        match self.take_at_once(limit, cost, now_ns) {
+            Some(taken) => Ok(taken),
+            None => self.take_otherwise(limit, cost, now_ns),
         }
-        self.take_otherwise(limit, cost, now)
+    }
+
+    /// A take that the common path did not finish, or lost to another thread.
+    #[inline(never)]
+    fn take_otherwise(self, limit: Limit, cost: u32, now_ns: u64) -> Result<Taken, Refused> {
+        let grid = self.grid_for(limit, cost)?;
+        let now = ticks_at(now_ns);
+        loop {
+            if let Some(answer) = self.take_once(limit, cost, grid, now) {
+                return answer;
+            }
+        }
     }
 
     /// [`SlidingWindow::peek`].
@@ -324,7 +368,7 @@ impl<'a, const K: u64> WindowRef<'a, K> {
             if counted > u64::from(limit.permits()) {
                 // The walk for the wait wants head in the present. Moving it there is what any refusal does.
                 if next > epoch {
-                    self.advance(head, next, sum, 0);
+                    self.advance(head, next, sum, 0, grid);
                 } else if let Some(refused) = self.refusal(epoch, counted, limit, grid, now) {
                     return Err(refused);
                 }
@@ -398,18 +442,6 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         Ok(Grid::new(self.shape.window_ms))
     }
 
-    /// A take that the common path did not finish, or lost to another thread. Apart, so that the common path keeps
-    /// nothing for it.
-    #[inline(never)]
-    fn take_otherwise(self, limit: Limit, cost: u32, now: u64) -> Result<Taken, Refused> {
-        let grid = self.grid_for(limit, cost)?;
-        loop {
-            if let Some(answer) = self.take_once(limit, cost, grid, now) {
-                return answer;
-            }
-        }
-    }
-
     /// (1) Takes from head as it was loaded. The cost fits into the count's bits, as the limit does.
     #[inline]
     fn swap_in(self, head: u64, cost: u32) -> bool {
@@ -441,14 +473,14 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         let fits = counted <= u64::from(limit.permits());
         if next == epoch {
             if epoch_of(prior) != epoch {
-                self.words.prior.fetch_max(pack(epoch, sum), Ordering::Release); // (5)
+                self.raise_prior(epoch, sum, grid); // (5)
             }
             if !fits {
                 return self.refusal(epoch, counted, limit, grid, now).map(Err);
             }
         }
-        let hint = self.words.oldest.load(Ordering::Acquire);
-        let oldest = match Self::oldest_by(hint, next) {
+        let hint = self.words.leaves.load(Ordering::Acquire);
+        let oldest = match Self::oldest_by(hint, next, grid) {
             Some(oldest) => oldest,
             None if sum == 0 => next,
             // What no slot has yet is head's own count, about to become one.
@@ -457,19 +489,19 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         let moved = if next == epoch {
             self.swap_in(head, cost)
         } else {
-            self.advance(head, next, sum, if fits { cost } else { 0 })
+            self.advance(head, next, sum, if fits { cost } else { 0 }, grid)
         };
         if !moved || !fits {
             return None;
         }
-        if oldest as u32 != hint && cost > 0 {
-            self.note_oldest(oldest);
+        if cost > 0 {
+            self.note_oldest(oldest, hint, grid);
         }
         Some(Ok(taken(limit, counted, oldest, grid, now)))
     }
 
     /// (2) Moves head to `next`, before which `sum` permits count, with `first` permits in it. Whether it did.
-    fn advance(self, head: u64, next: u64, sum: u32, first: u32) -> bool {
+    fn advance(self, head: u64, next: u64, sum: u32, first: u32, grid: Grid<K>) -> bool {
         if next - epoch_of(head) <= K || first == 0 {
             self.record(epoch_of(head), count_of(head)); // (3)
         }
@@ -479,9 +511,15 @@ impl<'a, const K: u64> WindowRef<'a, K> {
             .compare_exchange(head, pack(next, first), Ordering::AcqRel, Ordering::Relaxed)
             .is_ok();
         if moved {
-            self.words.prior.fetch_max(pack(next, sum), Ordering::Release); // (4)
+            self.raise_prior(next, sum, grid); // (4)
         }
         moved
+    }
+
+    /// Raises until, then prior, to an epoch that head was seen in.
+    fn raise_prior(self, epoch: u64, sum: u32, grid: Grid<K>) {
+        self.words.until.fetch_max(grid.start_of(epoch + 1), Ordering::Release);
+        self.words.prior.fetch_max(pack(epoch, sum), Ordering::Release);
     }
 
     /// (7) Whether it was this call that closed the window.
@@ -517,8 +555,8 @@ impl<'a, const K: u64> WindowRef<'a, K> {
     #[inline(never)]
     fn refusal(self, epoch: u64, counted: u64, limit: Limit, grid: Grid<K>, now: u64) -> Option<Refused> {
         let excess = counted - u64::from(limit.permits());
-        let hint = self.words.oldest.load(Ordering::Acquire);
-        let from = Self::oldest_by(hint, epoch).unwrap_or(epoch.saturating_sub(K));
+        let hint = self.words.leaves.load(Ordering::Acquire);
+        let from = Self::oldest_by(hint, epoch, grid).unwrap_or(epoch.saturating_sub(K));
         // What the slots do not free, head's own count does: the cost alone is within the limit.
         let (mut oldest, mut last, mut freed) = (epoch, epoch, 0);
         self.walk(from, epoch, |slot, count| {
@@ -535,9 +573,7 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         if !self.still_in(epoch) {
             return None;
         }
-        if oldest as u32 != hint {
-            self.note_oldest(oldest);
-        }
+        self.note_oldest(oldest, hint, grid);
         Some(Refused::Limited {
             retry_after_s: seconds_until(grid.leaves_at(last), now),
             reset_s: seconds_until(grid.leaves_at(oldest), now),
@@ -553,18 +589,20 @@ impl<'a, const K: u64> WindowRef<'a, K> {
     /// The oldest counted epoch by the hint, where it still counts under a head at `epoch`.
     ///
     /// A hint is noted only when head was seen unmoved, so it was the oldest with a permit then; permits before it were
-    /// none, none can come, and it is the oldest for as long as it counts. Half the epoch's bits suffice: two
-    /// epochs that share them lie 2^32 sub-buckets apart, and but a reset time hangs on it.
-    #[inline]
-    fn oldest_by(hint: u32, epoch: u64) -> Option<u64> {
-        let age = u64::from((epoch as u32).wrapping_sub(hint));
-        if age <= K { Some(epoch.wrapping_sub(age)) } else { None }
+    /// none, none can come, and it is the oldest for as long as it counts.
+    fn oldest_by(leaves: u64, epoch: u64, grid: Grid<K>) -> Option<u64> {
+        // Of the difference, because small quotients are had soonest.
+        let left = leaves.checked_sub(grid.start_of(epoch)).filter(|left| *left > 0)?;
+        Some(epoch + grid.epoch_at(left) - (K + 1))
     }
 
-    /// Notes the oldest epoch with a permit in it, after head was seen unmoved. Release, as every use of the hint ends
-    /// in a look at head, too.
-    fn note_oldest(self, oldest: u64) {
-        self.words.oldest.store(oldest as u32, Ordering::Release);
+    /// Notes the oldest epoch with a permit in it, after head was seen unmoved, unless the hint says so. Release, as every use
+    /// of it ends in a look at head, too.
+    fn note_oldest(self, oldest: u64, hint: u64, grid: Grid<K>) {
+        let leaves = grid.leaves_at(oldest);
+        if leaves != hint {
+            self.words.leaves.store(leaves, Ordering::Release);
+        }
     }
 }
 
@@ -598,11 +636,6 @@ fn window_ms(limit: Limit) -> u32 {
 fn epoch_at<const K: u64>(limit: Limit, now_ns: u64) -> u64 {
     let grid = Grid::<K>::new(window_ms(limit));
     grid.epoch_at(ticks_at(now_ns)).min(LAST_EPOCH)
-}
-
-/// Half of an epoch that is too old to count, now and for as long as head moves on from `epoch`.
-fn before_all<const K: u64>(epoch: u64) -> u32 {
-    (epoch as u32).wrapping_sub(K as u32 + 1)
 }
 
 /// How many counts can share a word of the ring where the largest of them is `most`.
