@@ -2,8 +2,8 @@
 //!
 //! Synchronous, no I/O, no allocation once a key has been seen in a tier, no lock, no HTTP server. [`Gate::check`] is
 //! section 2 of the contract in one function. Read on in this order: `credential`, `key`, `snapshot` (with `pages`,
-//! `parts`, `slots`, `places` and `terms`), `route`, `scope`, `limit`, `window`, `quota` (with `reach`), `verdict`;
-//! then what happens off the request path: `policy`, `update` and `resync` (with `writer` and `retired`), `usage`.
+//! `slots`, `places` and `terms`), `route`, `scope`, `limit`, `window`, `quota` (with `reach`), `verdict`;
+//! then what happens off the request path: `policy`, `update` and `resync` (with `writer`, `parts` and `retired`), `usage`.
 
 pub mod credential;
 pub mod key;

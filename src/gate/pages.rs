@@ -1,9 +1,10 @@
-//! Ways from secrets to slots: a `DashMap` of pages, each for some dozen secrets whose digests begin alike.
+//! Ways from secrets to slots: a `DashMap` of blocks of pages, a page for some dozen secrets whose digests begin alike.
 //!
 //! One secret to an entry would be a map whose own index, at a million secrets, lies in memory and not in the
-//! processor's cache: a decision would wait once for the index and again for the entry. The index of pages is an eleventh
-//! of that. A page is two cache lines, asked for together: the tags of its secrets, the numbers of their slots, and where
-//! the windows of their keys were when somebody last looked, so that those are asked for together with the slots.
+//! processor's cache: a decision would wait once for the index and again for the entry. Blocks are so few that all of the
+//! map stays in the first cache. A page is two cache lines, asked for together: the tags of its secrets, the numbers of their
+//! slots, and where the windows of their keys were when somebody last looked, so that those are asked for together with the
+//! slots.
 //!
 //! A tag is two bytes of the digest; the whole of it is compared in the slot. Chance does not deal evenly: secrets that
 //! find their page full, one in fifty, lie in a small map of their own.
@@ -11,22 +12,26 @@
 //! Nothing but these hints is changed once it is built: what is published is a read-only view, whose lookups take no lock.
 
 use super::key::SecretDigest;
-use super::parts;
 use super::places::{NO_PLACE, PlaceId};
 use super::slots::{NONE, Slot, SlotId, Slots};
 use dashmap::{DashMap, ReadOnlyView};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
-/// Secrets that a page has room for: as many as fill two cache lines, with the page's number.
+/// Secrets that a page has room for: as many as fill two cache lines.
 const PLACES: usize = 15;
 /// Secrets to a page on average. More would fill more pages, fewer would leave more of them empty.
 const AVERAGE: usize = 11;
 /// Where more than one secret in so many found its page full, there are too few pages.
 const SPILLED_AT_MOST: usize = 8;
+/// Pages to a block. At a million secrets there are some 360 blocks.
+const BLOCK: u32 = 256;
+
+/// Pages that follow each other, the first of which has a multiple of [`BLOCK`] for its number.
+type Block = Box<[Page]>;
 
 #[derive(Clone, Debug)]
-#[repr(C)]
+#[repr(C, align(64))]
 struct Page {
     /// [`NONE`] where there is no secret.
     slots: [SlotId; PLACES],
@@ -52,17 +57,17 @@ pub(super) struct Found<'s> {
 
 /// Ways from secrets to slots, never changed again.
 pub(super) struct Secrets {
-    pages: Box<[ReadOnlyView<u32, Page, NumberHash>]>,
-    /// How many there would be if each had a secret.
-    numbers: u32,
+    blocks: ReadOnlyView<u32, Block, NumberHash>,
+    /// How many pages there would be if each block had a secret.
+    pages: u32,
     spilled: ReadOnlyView<[u8; 32], SlotId, ahash::RandomState>,
     len: usize,
 }
 
 /// [`Secrets`] in the making.
 pub(super) struct SecretsBuilder {
-    pages: Box<[DashMap<u32, Page, NumberHash>]>,
-    numbers: u32,
+    blocks: DashMap<u32, Block, NumberHash>,
+    pages: u32,
     spilled: DashMap<[u8; 32], SlotId, ahash::RandomState>,
     len: usize,
 }
@@ -74,8 +79,8 @@ impl Secrets {
     /// The slot that holds the secret, if any.
     #[inline(always)]
     pub fn find<'s>(&'s self, slots: &'s Slots, digest: &SecretDigest) -> Option<Found<'s>> {
-        let (part, number) = place_of(digest, self.pages.len(), self.numbers);
-        let page = self.pages.get(part)?.get(&number)?;
+        let (block, page) = place_of(digest, self.pages);
+        let page = self.blocks.get(&block)?.get(page)?;
         page.fetch();
         let holding = |id: SlotId, hint| {
             let slot = slots.get(id).filter(|slot| slot.holds(digest))?;
@@ -97,7 +102,7 @@ impl Secrets {
     }
 
     pub fn slots(&self) -> impl Iterator<Item = SlotId> {
-        let pages = self.pages.iter().flat_map(ReadOnlyView::values);
+        let pages = self.blocks.values().flatten();
         pages
             .flat_map(|page| page.slots)
             .filter(|id| *id != NONE)
@@ -107,15 +112,11 @@ impl Secrets {
 
 impl SecretsBuilder {
     pub fn with_capacity(secrets: usize) -> Self {
-        let numbers = u32::try_from(secrets.div_ceil(AVERAGE).max(1)).unwrap_or(u32::MAX);
-        let parts = parts::number_for(numbers as usize, SHARDS);
-        let each = || {
-            let capacity = parts::share_of(numbers as usize, parts);
-            DashMap::with_capacity_and_hasher_and_shard_amount(capacity, NumberHash::default(), SHARDS)
-        };
+        let pages = u32::try_from(secrets.div_ceil(AVERAGE).max(1)).unwrap_or(u32::MAX);
+        let blocks = pages.div_ceil(BLOCK) as usize;
         SecretsBuilder {
-            pages: (0..parts).map(|_| each()).collect(),
-            numbers,
+            blocks: DashMap::with_capacity_and_hasher_and_shard_amount(blocks, NumberHash::default(), SHARDS),
+            pages,
             spilled: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
             len: 0,
         }
@@ -123,9 +124,13 @@ impl SecretsBuilder {
 
     /// Leads the digest to the slot, which holds it. `false`: another slot holds the same secret.
     pub fn put(&mut self, slots: &Slots, digest: &SecretDigest, id: SlotId) -> bool {
-        let (part, number) = place_of(digest, self.pages.len(), self.numbers);
+        let (number, place) = place_of(digest, self.pages);
         let tag = tag_of(digest);
-        let mut page = self.pages[part].entry(number).or_insert_with(Page::empty);
+        let mut block = self.blocks.entry(number).or_insert_with(|| {
+            let pages = BLOCK.min(self.pages - number * BLOCK);
+            (0..pages).map(|_| Page::empty()).collect()
+        });
+        let page = &mut block[place];
         let same = |held: SlotId| {
             let holds = || slots.get(held).is_some_and(|slot| slot.holds(digest));
             (held == id || holds()).then_some(held)
@@ -139,7 +144,7 @@ impl SecretsBuilder {
             Some(place) => page.fill(place, tag, id, hint_for(slots, id)),
             None => {
                 page.spilled = true;
-                drop(page);
+                drop(block);
                 self.spilled.insert(digest.0, id);
                 if self.spilled.len() > RECENT_SPILLED + self.len / SPILLED_AT_MOST {
                     self.grow(slots);
@@ -151,11 +156,11 @@ impl SecretsBuilder {
 
     /// Removes the way from a digest to a slot, if it is there.
     pub fn remove(&mut self, digest: &SecretDigest, id: SlotId) {
-        let (part, number) = place_of(digest, self.pages.len(), self.numbers);
-        if let Some(mut page) = self.pages[part].get_mut(&number)
-            && let Some(place) = page.slots.iter().position(|held| *held == id)
+        let (block, page) = place_of(digest, self.pages);
+        if let Some(mut block) = self.blocks.get_mut(&block)
+            && let Some(place) = block[page].slots.iter().position(|held| *held == id)
         {
-            page.fill(place, 0, NONE, NO_PLACE);
+            block[page].fill(place, 0, NONE, NO_PLACE);
             self.len -= 1;
         } else if self.spilled.remove_if(&digest.0, |_, held| *held == id).is_some() {
             self.len -= 1;
@@ -164,7 +169,7 @@ impl SecretsBuilder {
 
     /// Deals all anew over twice as many pages.
     fn grow(&mut self, slots: &Slots) {
-        let mut grown = SecretsBuilder::with_capacity(self.len.max(self.numbers as usize * AVERAGE) * 2);
+        let mut grown = SecretsBuilder::with_capacity(self.len.max(self.pages as usize * AVERAGE) * 2);
         let held = std::mem::replace(self, SecretsBuilder::with_capacity(0));
         for id in held.build().slots() {
             if let Some(slot) = slots.get(id).filter(|slot| slot.holds_secret()) {
@@ -176,8 +181,8 @@ impl SecretsBuilder {
 
     pub fn build(self) -> Secrets {
         Secrets {
-            pages: self.pages.into_iter().map(DashMap::into_read_only).collect(),
-            numbers: self.numbers,
+            blocks: self.blocks.into_read_only(),
+            pages: self.pages,
             spilled: self.spilled.into_read_only(),
             len: self.len,
         }
@@ -190,8 +195,8 @@ const RECENT_SPILLED: usize = 64;
 impl From<&Secrets> for SecretsBuilder {
     fn from(secrets: &Secrets) -> Self {
         SecretsBuilder {
-            pages: secrets.pages.iter().map(|part| part.clone().into_inner()).collect(),
-            numbers: secrets.numbers,
+            blocks: secrets.blocks.clone().into_inner(),
+            pages: secrets.pages,
             spilled: secrets.spilled.clone().into_inner(),
             len: secrets.len,
         }
@@ -264,13 +269,13 @@ fn hint_for(slots: &Slots, id: SlotId) -> PlaceId {
     owner.map_or(NO_PLACE, |owner| slots.place(owner))
 }
 
-/// The map that a digest's page is in, and the page's number.
+/// The number of the block that a digest's page is in, and the page's place there.
 #[inline]
-fn place_of(digest: &SecretDigest, parts: usize, numbers: u32) -> (usize, u32) {
+fn place_of(digest: &SecretDigest, pages: u32) -> (u32, usize) {
     let [a, b, c, d, ..] = digest.0;
     let prefix = u32::from_ne_bytes([a, b, c, d]);
-    let number = ((u64::from(prefix) * u64::from(numbers)) >> 32) as u32;
-    (parts::of(prefix, parts), number)
+    let number = ((u64::from(prefix) * u64::from(pages)) >> 32) as u32;
+    (number / BLOCK, (number % BLOCK) as usize)
 }
 
 #[inline]
@@ -280,7 +285,7 @@ fn tag_of(digest: &SecretDigest) -> u16 {
 
 type NumberHash = BuildHasherDefault<NumberHasher>;
 
-/// One multiplication (by 2^64 / φ, Knuth's) spreads a page's number over the 64 bits that the map wants: high ones
+/// One multiplication (by 2^64 / φ, Knuth's) spreads a block's number over the 64 bits that the map wants: high ones
 /// choose the shard and the tag, low ones the bucket.
 #[derive(Default)]
 struct NumberHasher(u64);
@@ -319,8 +324,8 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_two_cache_lines_with_its_number() {
-        assert_eq!(size_of::<(u32, Page)>(), 128);
+    fn a_page_is_two_cache_lines() {
+        assert_eq!(size_of::<Page>(), 128);
     }
 
     #[test]

@@ -4,13 +4,13 @@
 //! places, more than half of them for nothing. Four to seven tables of one size come within a quarter of what is needed,
 //! whatever that is.
 
-/// How many tables to spread so many entries over; one for few. Each is itself made of `shards` equal tables.
-pub(super) fn number_for(entries: usize, shards: usize) -> usize {
+/// How many tables to spread so many entries over; one for few.
+pub(super) fn number_for(entries: usize) -> usize {
     const FEW: usize = 1 << 16;
     if entries < FEW {
         return 1;
     }
-    let places = |parts: &usize| parts * shards * places_for(share_of(entries, *parts).div_ceil(shards));
+    let places = |parts: &usize| parts * places_for(share_of(entries, *parts));
     (4..8).min_by_key(places).unwrap_or(1)
 }
 
@@ -39,15 +39,13 @@ mod tests {
     #[test]
     fn a_quarter_more_than_needed_is_the_most_that_is_taken() {
         for entries in (1 << 16..4_000_000).step_by(4_567) {
-            for shards in [1, 2] {
-                let parts = number_for(entries, shards);
-                let places = parts * shards * places_for(share_of(entries, parts).div_ceil(shards));
-                let needed = entries * 8 / 7;
-                assert!(
-                    places >= needed && places * 4 <= needed * 5 + needed / 10,
-                    "{entries}: {places}"
-                );
-            }
+            let parts = number_for(entries);
+            let places = parts * places_for(share_of(entries, parts));
+            let needed = entries * 8 / 7;
+            assert!(
+                places >= needed && places * 4 <= needed * 5 + needed / 10,
+                "{entries}: {places}"
+            );
         }
     }
 

@@ -42,7 +42,7 @@ impl Writer {
         if self.ids.iter().map(HashTable::capacity).sum::<usize>() >= keys {
             return;
         }
-        let parts = parts::number_for(keys, 1);
+        let parts = parts::number_for(keys);
         let capacity = parts::share_of(keys, parts);
         let held = std::mem::take(&mut self.ids);
         self.ids = (0..parts).map(|_| HashTable::with_capacity(capacity)).collect();
