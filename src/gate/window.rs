@@ -306,26 +306,23 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         let now = ticks_at(now_ns);
         let prior = self.words.prior.load(Ordering::Acquire); // (1)
         let until = self.words.until.load(Ordering::Acquire); // (1), after prior
-        if now >= until {
+        if now >= until || !self.can_serve(limit) {
             return None;
         }
         let head = self.words.head.load(Ordering::Acquire); // (1)
         let leaves = self.words.leaves.load(Ordering::Acquire);
-        let before = u64::from(count_of(prior)) + u64::from(cost);
+        // A hint that holds is of a permit that counts, so something does.
+        if leaves < until {
+            return None;
+        }
+        let room = u64::from(limit.permits()).checked_sub(u64::from(count_of(prior)) + u64::from(cost))?;
         // Head's count, or more than there can be room for where head is not in prior's epoch.
         let count = head.wrapping_sub(pack(epoch_of(prior), 0));
-        if self.can_serve(limit)
-            && leaves >= until
-            && let Some(room) = u64::from(limit.permits()).checked_sub(before)
-            && count <= room
-            && self.swap_in(head, cost)
-        {
-            return Some(Taken {
-                remaining: (room - count) as u32,
-                reset_s: seconds_until(leaves, now),
-            });
-        }
-        None
+        let remaining = room.checked_sub(count)? as u32;
+        self.swap_in(head, cost).then(|| Taken {
+            remaining,
+            reset_s: seconds_until(leaves, now),
+        })
     }
 
     /// [`SlidingWindow::take`].
