@@ -152,6 +152,18 @@ pub fn strict_head(data: &[u8]) {
             assert_eq!(length, said);
         }
     }
+    if framing.is_plain {
+        // What goes upstream is cut out by us, and is what another parser finds.
+        let plain = check.plain_head(data).expect("it is plain");
+        assert_eq!(Some(plain.method()), request.method.map(str::as_bytes));
+        assert_eq!(Some(plain.target()), request.path.map(str::as_bytes));
+        let cut = plain.fields().map(|(name, value)| (name.to_vec(), value.to_vec()));
+        let found = request
+            .headers
+            .iter()
+            .map(|field| (field.name.as_bytes().to_vec(), field.value.to_vec()));
+        assert_eq!(cut.collect::<Vec<_>>(), found.collect::<Vec<_>>());
+    }
     let mut target = request.path.expect("a complete request has a target");
     if let Some((start, end)) = framing.authority {
         let (url, authority) = (target, named("host")[0]);

@@ -198,7 +198,9 @@ impl GateRole {
             slots
         });
         for (name, config, settings, tls) in named {
-            let mut edge = Edge::new(settings, proxy.clone(), tls, observer.clone()).rendering(render_refusal);
+            let mut edge = Edge::new(settings, proxy.clone(), tls, observer.clone())
+                .going_directly(self.proxy.clone())
+                .rendering(render_refusal);
             if let Some(slots) = &slots {
                 edge = edge.sharing(slots.clone(), self.activity.clone());
             }

@@ -209,7 +209,7 @@ where
         edit_request(upstream_request, |fields| {
             self.names.strip(fields, permit, &self.gate);
             self.names.tell(permit, &mut |name, value| {
-                fields.insert(name, value);
+                fields.insert(name, value.clone());
             })?;
             if let Some(request_id) = &context.request_id {
                 fields.insert(X_REQUEST_ID, request_id.clone());

@@ -1,11 +1,14 @@
 //! The only `ProxyHttp`: Pingora's phases, turned into the gate's steps.
 //!
 //! `request_filter` asks the gate and answers refusals; `upstream_request_filter` takes the credential and everything
-//! of our namespace off the request and says whose it is; `response_filter` tells what is left of the limit.
+//! of our namespace off the request and says whose it is; `response_filter` tells what is left of the limit. Plain
+//! requests come to `request_filter` from the edge itself, and go on by the same functions without the other phases
+//! (`direct`).
 
 pub mod access_log;
 mod at_once;
 pub mod client_address;
+mod deciding;
 mod direct;
 pub mod edge;
 pub mod embed;
@@ -16,12 +19,14 @@ mod key_counts;
 mod metrics;
 mod passing_on;
 mod phases;
+mod recording;
 mod request_id;
 pub mod response;
 mod shared;
 pub mod slots;
 mod steps;
 pub mod strict;
+mod telling;
 pub mod upstream;
 mod wire;
 
@@ -153,6 +158,11 @@ impl Proxy {
     /// Every server of every upstream.
     pub fn servers(&self) -> Vec<ServerState> {
         self.0.compiled.load().upstreams.servers()
+    }
+
+    /// Whether some upstream can be reached on the direct way.
+    fn has_direct_way(&self) -> bool {
+        self.0.compiled.load().upstreams.is_any_plain()
     }
 
     /// What is counted of every upstream: its name, connections that did not come about, requests tried once more.

@@ -5,7 +5,7 @@
 
 use super::edge::EdgeRefusal;
 use crate::gate::{Access, RateStatus, Reason, Refusal};
-use bytes::Bytes;
+use bytes::{BufMut, Bytes};
 use http::header::{ACCEPT, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use pingora::http::ResponseHeader;
@@ -250,19 +250,75 @@ impl From<&EdgeRefusal> for Answer {
     }
 }
 
-/// Adds what is left of the limit.
-pub fn add_rate_limit(fields: &mut HeaderMap, settings: &ResponseSettings, rate: RateStatus<'_>) {
+/// A field's value that tells of a limit.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum RateLimitValue<'a> {
+    /// A structured field item with two numbers, `"name";q=5000;w=3600`.
+    Item(&'a str, [(&'static str, u32); 2]),
+    Number(u32),
+}
+
+impl RateLimitValue<'_> {
+    pub fn write_to(self, out: &mut impl BufMut) {
+        let mut digits = itoa::Buffer::new();
+        match self {
+            RateLimitValue::Item(name, parameters) => {
+                out.put_u8(b'"');
+                out.put_slice(name.as_bytes());
+                out.put_u8(b'"');
+                for (parameter, number) in parameters {
+                    out.put_u8(b';');
+                    out.put_slice(parameter.as_bytes());
+                    out.put_u8(b'=');
+                    out.put_slice(digits.format(number).as_bytes());
+                }
+            }
+            RateLimitValue::Number(number) => out.put_slice(digits.format(number).as_bytes()),
+        }
+    }
+}
+
+/// Tells what is left of the limit, field by field.
+pub(super) fn rate_limit_fields<'a>(
+    settings: &ResponseSettings,
+    rate: RateStatus<'a>,
+    mut put: impl FnMut(&HeaderName, RateLimitValue<'a>),
+) {
     let (limit, window_s) = (rate.limit.permits(), rate.limit.window_s());
     if settings.rate_limit {
         let name = &*rate.tier.name;
-        fields.insert(RATE_LIMIT_POLICY, item(name, [("q", limit), ("w", window_s)]));
-        fields.insert(RATE_LIMIT, item(name, [("r", rate.remaining), ("t", rate.reset_s)]));
+        put(
+            &RATE_LIMIT_POLICY,
+            RateLimitValue::Item(name, [("q", limit), ("w", window_s)]),
+        );
+        put(
+            &RATE_LIMIT,
+            RateLimitValue::Item(name, [("r", rate.remaining), ("t", rate.reset_s)]),
+        );
     }
     if settings.legacy_rate_limit {
         for (name, number) in LEGACY.iter().zip([limit, rate.remaining, rate.reset_s]) {
-            fields.insert(name, HeaderValue::from(number));
+            put(name, RateLimitValue::Number(number));
         }
     }
+}
+
+/// Adds what is left of the limit.
+pub(super) fn add_rate_limit(fields: &mut HeaderMap, settings: &ResponseSettings, rate: RateStatus<'_>) {
+    rate_limit_fields(settings, rate, |name, value| {
+        let mut text = Vec::with_capacity(64);
+        value.write_to(&mut text);
+        // A tier's name was checked to be a structured field string when the policy was compiled.
+        let value = HeaderValue::from_maybe_shared(Bytes::from(text));
+        fields.insert(name, value.unwrap_or(HeaderValue::from_static("")));
+    });
+}
+
+/// Whether fields of this name are replaced by [`rate_limit_fields`].
+pub(super) fn is_rate_limit(settings: &ResponseSettings, name: &[u8]) -> bool {
+    let is = |ours: &HeaderName| name.eq_ignore_ascii_case(ours.as_str().as_bytes());
+    (settings.rate_limit && (is(&RATE_LIMIT) || is(&RATE_LIMIT_POLICY)))
+        || (settings.legacy_rate_limit && LEGACY.iter().any(is))
 }
 
 /// Whether the client prefers RFC 9457 over the envelope (RFC 9110 section 12.5.1): it names
@@ -301,15 +357,6 @@ fn write_json_string(out: &mut String, text: &str) -> std::fmt::Result {
     out.push_str(rest);
     out.push('"');
     Ok(())
-}
-
-/// A structured field item with two numbers, `"name";q=5000;w=3600`, in one allocation of just its size.
-fn item(name: &str, [first, second]: [(&str, u32); 2]) -> HeaderValue {
-    let (mut digits, mut more_digits) = (itoa::Buffer::new(), itoa::Buffer::new());
-    let (number, other) = (digits.format(first.1), more_digits.format(second.1));
-    let text = ["\"", name, "\";", first.0, "=", number, ";", second.0, "=", other].concat();
-    // A tier's name was checked to be a structured field string when the policy was compiled.
-    HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or(HeaderValue::from_static(""))
 }
 
 #[cfg(test)]

@@ -61,17 +61,17 @@ impl OurHeaders {
     }
 
     /// Says whose request it is.
-    pub fn tell(&self, permit: &Permit, put: &mut impl FnMut(&HeaderName, HeaderValue)) -> pingora::Result<()> {
+    pub fn tell(&self, permit: &Permit, put: &mut impl FnMut(&HeaderName, &HeaderValue)) -> pingora::Result<()> {
         if let Some(holder) = permit.holder() {
             let key_id = HeaderValue::from_str(holder.key_id())
                 .or_err(ErrorType::InternalError, "a key's id that cannot stand in a header")?;
-            put(&self.key_id, key_id);
-            put(&self.organization, holder.headers().organization.clone());
-            put(&self.environment, holder.headers().environment.clone());
-            put(&self.scopes, holder.headers().scopes.clone());
+            put(&self.key_id, &key_id);
+            put(&self.organization, holder.headers().organization);
+            put(&self.environment, holder.headers().environment);
+            put(&self.scopes, holder.headers().scopes);
         }
         if let Access::Keyed { tier, .. } = &permit.route().access {
-            put(&self.tier, tier.header.clone());
+            put(&self.tier, &tier.header);
         }
         Ok(())
     }
@@ -102,7 +102,7 @@ pub(super) fn check_parameters(gate: &Gate, request: &RequestHeader) -> Result<(
     }
 }
 
-const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+pub(super) const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// Asks the gate about the request of a session.
 pub(super) fn check(gate: &Gate, session: &Session, client: IpAddr, now: Now) -> Result<Permit, Refusal> {

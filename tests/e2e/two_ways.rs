@@ -73,6 +73,122 @@ async fn whatever_an_upstream_answers_both_ways_pass_it_on_alike() {
     assert!(kept >= 8, "connections of {kept} answers were used again");
 }
 
+/// Whose answer is ours: request line, fields, how much of the body of five bytes comes before the answer, and the answer.
+const OURS: [(&str, &str, usize, &str); 8] = [
+    ("POST /asked", "", 5, "401"),
+    ("POST /asked", "", 2, "401"),
+    ("POST /asked", "x-api-key: nonsense\r\n", 0, "401"),
+    ("POST /asked", "KEYx-api-key: other\r\n", 2, "400"),
+    ("POST /public;v=1", "", 5, "400"),
+    ("POST /public;v=1", "", 2, "400"),
+    ("POST /gone", "KEY", 5, "502"),
+    ("GET /asked", "", 0, "401"),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_gate_answers_itself_is_answered_and_logged_alike() {
+    let upstream = Scripted::start().await;
+    let refusing = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let settings = format!(
+        "up: {{servers: [\"{}\"]}}, gone: {{servers: [\"{refusing}\"]}}",
+        upstream.address
+    );
+    let rest = "routes:\n  - {name: public, match: {path: \"/public/**\"}, upstream: up, public: {}}\n  \
+                - {name: gone, match: {path: /gone}, upstream: gone}\n  \
+                - {name: rest, match: {path: \"/**\"}, upstream: up}\n";
+    let gate = GateAlone::start_with(&settings, "", rest).await;
+    let mut probed = 0;
+    for (line, fields, at_first, status) in OURS {
+        let direct = refused(&gate, line, fields, at_first, DIRECT_WAY).await;
+        let pingoras = refused(&gate, line, fields, at_first, PINGORAS_WAY).await;
+        assert_eq!(direct, pingoras, "{line} {fields} {at_first}");
+        assert!(direct.starts_with(&format!("HTTP/1.1 {status} ")), "{line}: {direct}");
+        // What could be read in two ways may not be followed by anything, nor what failed upstream.
+        let keeps = direct.contains("connection: keep-alive\n");
+        assert_eq!(keeps, direct.ends_with("probed"), "{direct}");
+        assert_eq!(keeps, !line.contains("/public") && !line.contains("/gone"), "{direct}");
+        probed += 2 * usize::from(keeps);
+    }
+    let log = gate.path().join("access.log");
+    let expected = 2 * OURS.len() + probed;
+    let lines = || std::fs::read_to_string(&log).unwrap_or_default().lines().count();
+    crate::harness::until(
+        || (lines() == expected).then_some(()),
+        || format!("{} of {expected}", lines()),
+    );
+}
+
+/// All that comes back for a request of which a part is held back until it is answered, and for a probe behind it.
+async fn refused(gate: &GateAlone, line: &str, fields: &str, at_first: usize, field: &str) -> String {
+    let mut client = TcpStream::connect(gate.url.strip_prefix("http://").unwrap())
+        .await
+        .unwrap();
+    let key = format!("x-api-key: {}\r\n", gate.key);
+    let body = if line.starts_with("GET") { "" } else { "hello" };
+    let head = format!(
+        "{line} HTTP/1.1\r\nHost: a\r\nX-Request-Id: same\r\nContent-Length: {}\r\n{field}{}\r\n",
+        body.len(),
+        fields.replace("KEY", &key)
+    );
+    let probe = format!("GET /probe HTTP/1.1\r\nHost: a\r\nX-Request-Id: same\r\n{key}\r\n");
+    let (first, held_back) = body.split_at(at_first);
+    client.write_all((head + first).as_bytes()).await.unwrap();
+    let mut answered = Vec::new();
+    let whole = async {
+        while !answered.ends_with(b"}}") && matches!(client.read_buf(&mut answered).await, Ok(1..)) {}
+        // A gate that has had enough may have closed.
+        let _ = client.write_all((held_back.to_owned() + &probe).as_bytes()).await;
+        while !answered.ends_with(b"probed") && matches!(client.read_buf(&mut answered).await, Ok(1..)) {}
+    };
+    tokio::time::timeout(Duration::from_secs(20), whole)
+        .await
+        .expect("an answer, and an end");
+    in_comparable_form(&String::from_utf8_lossy(&answered))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_decided_goes_along_to_an_upstream_that_wants_pingoras_way() {
+    let plain = Scripted::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let http2 = listener.local_addr().unwrap();
+    let echo = |request: axum::extract::Request| async move {
+        let tier = request.headers()["x-tollgate-tier"].to_str().unwrap().to_owned();
+        let body = axum::body::to_bytes(request.into_body(), 100).await.unwrap();
+        format!("{tier} {}", String::from_utf8_lossy(&body))
+    };
+    tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(echo)).await });
+    let settings = format!(
+        "plain: {{servers: [\"{}\"]}}, http2: {{servers: [\"{http2}\"], protocol: http2}}",
+        plain.address
+    );
+    let rest = "routes: [{name: rest, match: {path: \"/**\"}, upstream: http2}]\n";
+    let gate = GateAlone::start_with(&settings, "", rest).await;
+    let mut client = TcpStream::connect(gate.url.strip_prefix("http://").unwrap())
+        .await
+        .unwrap();
+    for count in 1..=3 {
+        let head = format!(
+            "POST /a HTTP/1.1\r\nHost: api.example\r\nContent-Length: 8\r\nx-api-key: {}\r\n\r\nhalf",
+            gate.key
+        );
+        client.write_all(head.as_bytes()).await.unwrap();
+        client.write_all(b" two").await.unwrap();
+        let mut answered = Vec::new();
+        while !answered.ends_with(b"default half two") {
+            let read = client.read_buf(&mut answered).await.unwrap();
+            assert_ne!(read, 0, "{}", String::from_utf8_lossy(&answered));
+        }
+        let left = format!("\r\nratelimit: \"default\";r={};", 1_000_000 - count);
+        let answered = String::from_utf8(answered).unwrap().to_ascii_lowercase();
+        assert!(answered.contains(&left), "counted once: {answered}");
+    }
+    gate.until_metric("tollgate_requests_total{code=\"PASSED\",tier=\"default\"}", 3.0)
+        .await;
+}
+
 /// Name, answer, and whether the upstream closes after it.
 fn answers() -> Vec<(&'static str, Vec<u8>, bool)> {
     let long = format!(
@@ -238,16 +354,45 @@ async fn exchange(gate: &GateAlone, upstream: &Scripted, answer: Arc<Answer>, re
     let mut seen = std::mem::take(&mut *upstream.seen.lock().unwrap());
     let first = seen.first().map_or(0, |(connection, _)| *connection);
     seen.iter_mut().for_each(|(connection, _)| *connection -= first);
-    // These say when, and how often.
-    let varies = |line: &&str| {
+    Seen {
+        upstream: seen,
+        client: in_comparable_form(&answered),
+    }
+}
+
+/// Answers without what may differ: the spelling and the order of names, when it was, and how often.
+fn in_comparable_form(answers: &str) -> String {
+    let stays = |line: &&str| {
         !["date:", "ratelimit:", "x-ratelimit-remaining:", "x-ratelimit-reset:"]
             .iter()
             .any(|name| line.to_ascii_lowercase().starts_with(name))
     };
-    Seen {
-        upstream: seen,
-        client: answered.split("\r\n").filter(varies).collect::<Vec<_>>().join("\n"),
+    let lines: Vec<_> = answers.split("\r\n").filter(stays).collect();
+    with_heads_in_order(&lines.join("\n"))
+}
+
+/// Answers whose fields are in the order of their names, which are in lower case: neither means anything. Those of one name
+/// stay as they came.
+fn with_heads_in_order(answers: &str) -> String {
+    let mut ordered = String::new();
+    for answer in answers.split_inclusive("\n\n") {
+        let Some(head) = answer.find("HTTP/1.") else {
+            ordered += answer;
+            continue;
+        };
+        let (before, head) = answer.split_at(head);
+        let mut lines: Vec<String> = head.lines().map(str::to_owned).collect();
+        for field in &mut lines[1..] {
+            let name = field.find(':').unwrap_or(0);
+            field[..name].make_ascii_lowercase();
+        }
+        let name = |field: &String| field.split(':').next().map(str::to_owned);
+        // The status line stays in front, the empty one at the end.
+        let last = lines.len() - usize::from(head.ends_with("\n\n"));
+        lines[1..last].sort_by_key(name);
+        ordered += &format!("{before}{}\n", lines.join("\n"));
     }
+    ordered
 }
 
 fn is_whole(request: &[u8]) -> bool {

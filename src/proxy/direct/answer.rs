@@ -1,73 +1,74 @@
-//! The head of a response that is plain.
+//! The head of an upstream's answer that is plain.
 
-use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, response};
+use http::StatusCode;
+use httparse::Header;
 use std::mem::MaybeUninit;
 
-/// A response that can be passed on without a second thought: HTTP/1.1, final, whole in its head, and of one length.
+/// An answer that can be passed on without a second thought: HTTP/1.1, final, whole in its head, and of one length.
 #[derive(Debug)]
-pub(super) struct Plain {
-    pub parts: response::Parts,
-    /// Where it is not the status code's own.
-    pub reason: Option<String>,
+pub(super) struct Plain<'a> {
+    pub status: StatusCode,
+    pub reason: &'a str,
+    pub fields: &'a [Header<'a>],
     /// Of the body, in bytes.
     pub length: u64,
     /// The server keeps the connection.
     pub keeps: bool,
     /// Of the head, in bytes.
-    pub head_len: usize,
+    pub head_bytes: usize,
 }
 
-impl Plain {
-    /// The response at the front of what was read, if it is plain. `room`: for how many more fields.
-    pub fn of(read: &Bytes, room: usize) -> Option<Self> {
-        let mut fields = [const { MaybeUninit::uninit() }; MOST_FIELDS];
+/// Room for the fields of a plain answer: more are not plain. On the stack, 32 bytes each.
+pub(super) type Room<'a> = [MaybeUninit<Header<'a>>; MOST_FIELDS];
+
+/// Room that nothing has to be done for.
+pub(super) const fn room<'a>() -> Room<'a> {
+    [const { MaybeUninit::uninit() }; MOST_FIELDS]
+}
+
+impl<'a> Plain<'a> {
+    /// The answer at the front of what was read, if it is plain.
+    pub fn of(read: &'a [u8], room: &'a mut Room<'a>) -> Option<Self> {
         let mut head = httparse::Response::new(&mut []);
         // Strictly: what needs forbearance (folded lines, spaces before a colon) is not plain.
         let parsed = httparse::ParserConfig::default()
-            .parse_response_with_uninit_headers(&mut head, read, &mut fields)
+            .parse_response_with_uninit_headers(&mut head, read, room)
             .ok()?;
-        let httparse::Status::Complete(head_len) = parsed else {
+        let httparse::Status::Complete(head_bytes) = parsed else {
             return None;
         };
         let status = StatusCode::from_u16(head.code?).ok()?;
         if head.version != Some(1) || status.is_informational() {
             return None;
         }
-        let mut parts = Response::new(()).into_parts().0;
-        parts.status = status;
-        parts.headers = HeaderMap::with_capacity(head.headers.len() + room);
-        let mut length = None;
-        let mut keeps = true;
-        for field in head.headers.iter() {
-            let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
-            if name == TRANSFER_ENCODING {
-                return None;
-            } else if name == CONTENT_LENGTH {
-                let one = decimal(field.value)?;
-                if length.replace(one).is_some() {
-                    return None;
+        let fields: &'a [Header<'a>] = head.headers;
+        let (mut length, mut keeps) = (None, true);
+        for field in fields {
+            match field.name.len() {
+                17 if field.name.eq_ignore_ascii_case("transfer-encoding") => return None,
+                14 if field.name.eq_ignore_ascii_case("content-length") => {
+                    let more_than_one = length.replace(decimal(field.value)?).is_some();
+                    if more_than_one {
+                        return None;
+                    }
                 }
-            } else if name == CONNECTION {
-                // It stays in its place, where Pingora writes what holds for the client.
-                keeps &= field.value.eq_ignore_ascii_case(b"keep-alive");
+                10 if field.name.eq_ignore_ascii_case("connection") => {
+                    keeps &= field.value.eq_ignore_ascii_case(b"keep-alive");
+                }
+                _ => {}
             }
-            // Shares what was read.
-            let value = HeaderValue::from_maybe_shared(read.slice_ref(field.value)).ok()?;
-            parts.headers.append(name, value);
         }
         let length = match status {
             StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED => 0,
             _ => length?,
         };
-        let reason = head.reason.filter(|reason| Some(*reason) != status.canonical_reason());
         Some(Plain {
-            reason: reason.map(str::to_owned),
-            parts,
+            status,
+            reason: head.reason?,
+            fields,
             length,
             keeps,
-            head_len,
+            head_bytes,
         })
     }
 }
@@ -80,58 +81,49 @@ fn decimal(text: &[u8]) -> Option<u64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// More are not plain. On the stack, 32 bytes each.
 const MOST_FIELDS: usize = 64;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn bytes(text: &str) -> Bytes {
-        Bytes::from(text.replace('\n', "\r\n"))
-    }
-
-    fn read(text: &str) -> Option<Plain> {
-        Plain::of(&bytes(text), 0)
+    /// Length, whether the connection is kept, and what is behind the head.
+    fn read(text: &str) -> Option<(u64, bool, String)> {
+        let sent = text.replace('\n', "\r\n");
+        let mut room = room();
+        let plain = Plain::of(sent.as_bytes(), &mut room)?;
+        Some((plain.length, plain.keeps, sent[plain.head_bytes..].to_owned()))
     }
 
     #[test]
-    fn a_plain_response_is_read_whole() {
-        let sent = bytes("HTTP/1.1 200 OK\nContent-Type: a/b\nX-One: 1\nx-one: 2\nContent-Length: 3\n\nabcd");
-        let plain = Plain::of(&sent, 0).unwrap();
-        assert_eq!((plain.length, plain.keeps, plain.reason), (3, true, None));
-        assert_eq!(&sent[plain.head_len..], b"abcd");
-        let fields: Vec<_> = plain
-            .parts
-            .headers
-            .iter()
-            .map(|(n, v)| (n.as_str(), v.to_str().unwrap()))
-            .collect();
+    fn a_plain_answer_is_read_whole() {
+        let sent =
+            "HTTP/1.1 404 Nothing Here\r\nContent-Type: a/b\r\nX-One: 1 \r\nx-one: 2\r\nContent-Length: 3\r\n\r\nabcd";
+        let mut room = room();
+        let plain = Plain::of(sent.as_bytes(), &mut room).unwrap();
+        assert_eq!((plain.status.as_u16(), plain.reason), (404, "Nothing Here"));
+        assert_eq!(
+            (plain.length, plain.keeps, &sent[plain.head_bytes..]),
+            (3, true, "abcd")
+        );
+        let fields: Vec<_> = plain.fields.iter().map(|field| (field.name, field.value)).collect();
         assert_eq!(
             fields,
             [
-                ("content-type", "a/b"),
-                ("x-one", "1"),
-                ("x-one", "2"),
-                ("content-length", "3")
+                ("Content-Type", &b"a/b"[..]),
+                ("X-One", b"1"),
+                ("x-one", b"2"),
+                ("Content-Length", b"3")
             ]
         );
         for (text, keeps) in [("close", false), ("Keep-Alive", true), ("keep-alive, close", false)] {
-            let plain = read(&format!("HTTP/1.1 200 OK\nConnection: {text}\nContent-Length: 0\n\n")).unwrap();
-            assert_eq!(plain.keeps, keeps, "{text}");
+            let read = read(&format!("HTTP/1.1 200 OK\nConnection: {text}\nContent-Length: 0\n\n")).unwrap();
+            assert_eq!(read.1, keeps, "{text}");
         }
-        let other = read("HTTP/1.1 404 Nothing Here\nContent-Length: 0\n\n").unwrap();
-        assert_eq!(
-            (other.parts.status.as_u16(), other.reason.as_deref()),
-            (404, Some("Nothing Here"))
-        );
-        assert_eq!(read("HTTP/1.1 204 No Content\n\n").unwrap().length, 0);
-        assert_eq!(
-            read("HTTP/1.1 304 Not Modified\nContent-Length: 1000\n\n")
-                .unwrap()
-                .length,
-            0
-        );
+        assert_eq!(read("HTTP/1.1 204 No Content\n\n").unwrap().0, 0);
+        let not_modified = read("HTTP/1.1 304 Not Modified\nContent-Length: 1000\n\n").unwrap();
+        assert_eq!(not_modified.0, 0);
+        assert_eq!(read("HTTP/1.1 200 \nContent-Length: 0\n\n").unwrap().0, 0, "no reason");
     }
 
     #[test]

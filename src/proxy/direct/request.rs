@@ -1,54 +1,108 @@
-//! Which requests go the direct way, and how they look on it.
+//! A plain request: taken from the edge, and how it looks upstream.
 
 use super::super::client_address::is_claim;
-use super::super::phases::permit_of;
-use super::super::steps::hides_authorization;
+use super::super::guard::Guard;
+use super::super::steps::{X_API_KEY, hides_authorization};
+use super::super::strict::{BodyFraming, HeadCheck, HeadFraming};
+use super::super::telling::permit_of;
 use super::super::{Context, Proxy};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{AUTHORIZATION, CONNECTION};
-use http::{HeaderName, HeaderValue, Method, Version};
-use pingora::Error;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri};
 use pingora::http::RequestHeader;
 use pingora::proxy::Session;
+use pingora::{Error, ErrorType};
+use tokio::io::AsyncReadExt as _;
 
-/// Whether a request may go the direct way: HTTP/1.1, at most a short body, and nothing that concerns the connection but
-/// whether it is kept. Not HEAD: no answer to it has the length that its head says.
-pub(in crate::proxy) fn may_go_directly(request: &RequestHeader) -> bool {
-    request.version == Version::HTTP_11
-        && request.method != Method::HEAD
-        && request.uri.authority().is_none()
-        && request.headers.iter().all(|(name, value)| match name.as_str() {
-            "connection" => {
-                let value = value.as_bytes();
-                value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
-            }
-            "content-length" => value
-                .to_str()
-                .is_ok_and(|length| length.parse().is_ok_and(|length: u64| length <= MOST_BODY)),
-            "expect"
-            | "http2-settings"
-            | "keep-alive"
-            | "proxy-authenticate"
-            | "proxy-authorization"
-            | "proxy-connection"
-            | "te"
-            | "trailer"
-            | "transfer-encoding"
-            | "upgrade" => false,
-            _ => true,
-        })
+/// A plain request ([`HeadFraming::is_plain`]), of whose body some has not come yet.
+#[derive(Debug)]
+pub(in crate::proxy) struct PlainRequest {
+    pub(super) head: RequestHeader,
+    /// The head as it came, and the body behind it as far as it came with it.
+    message: Bytes,
+    head_bytes: usize,
+    body_bytes: usize,
 }
 
-/// All of a request's body.
-///
-/// # Errors
-/// Where the client does not send it, or too slowly.
-pub(super) async fn read_body(session: &mut Session) -> pingora::Result<Bytes> {
-    let mut body = BytesMut::new();
-    while let Some(piece) = session.read_request_body().await.map_err(Error::into_down)? {
-        body.extend_from_slice(&piece);
+impl PlainRequest {
+    /// The request at the front of `message`, which `check` has just checked. `None` where it is not plain, or its target
+    /// is one that the `http` library cannot keep byte for byte.
+    pub fn new(message: Bytes, framing: &HeadFraming, check: &HeadCheck) -> Option<Self> {
+        let BodyFraming::Length(body_bytes) = framing.body else {
+            return None;
+        };
+        let parts = check.plain_head(&message)?;
+        let mut head = Request::new(()).into_parts().0;
+        head.method = Method::from_bytes(parts.method()).ok()?;
+        head.uri = Uri::from_maybe_shared(message.slice_ref(parts.target())).ok()?;
+        if head.uri.path_and_query()?.as_str().as_bytes() != parts.target() {
+            return None;
+        }
+        head.headers = HeaderMap::with_capacity(parts.field_count());
+        for (name, value) in parts.fields() {
+            // Shares what was read.
+            let value = HeaderValue::from_maybe_shared(message.slice_ref(value)).ok()?;
+            head.headers.append(field_name(name)?, value);
+        }
+        Some(PlainRequest {
+            head: RequestHeader::from(head),
+            head_bytes: framing.head_bytes,
+            body_bytes: usize::try_from(body_bytes).ok()?,
+            message,
+        })
     }
-    Ok(body.freeze())
+
+    /// The head as it came, and the body behind it as far as it came with it.
+    pub fn message(&self) -> &Bytes {
+        &self.message
+    }
+
+    /// Whether a body belongs to it.
+    pub(super) fn has_body(&self) -> bool {
+        self.body_bytes > 0
+    }
+
+    /// The head as it came.
+    pub(super) fn head_bytes(&self) -> &[u8] {
+        &self.message[..self.head_bytes]
+    }
+
+    /// All of the body.
+    ///
+    /// # Errors
+    /// Where the client does not send it, or too slowly.
+    pub(super) async fn body(&self, guard: &mut Guard) -> pingora::Result<Bytes> {
+        let come = self.message.slice(self.head_bytes..);
+        if come.len() >= self.body_bytes {
+            return Ok(come);
+        }
+        let mut body = BytesMut::with_capacity(self.body_bytes);
+        body.extend_from_slice(&come);
+        while body.len() < self.body_bytes {
+            // Ends by itself where the body does.
+            match guard.read_buf(&mut body).await {
+                Ok(1..) => {}
+                Ok(0) => {
+                    let why = "the client left in the middle of its request";
+                    return Err(Error::explain(ErrorType::ConnectionClosed, why).into_down());
+                }
+                Err(error) => {
+                    return Err(
+                        Error::because(ErrorType::ReadError, "while reading a request's body", error).into_down(),
+                    );
+                }
+            }
+        }
+        Ok(body.freeze())
+    }
+}
+
+/// A field's name; the one that most requests have and HTTP does not know costs nothing either.
+fn field_name(name: &[u8]) -> Option<HeaderName> {
+    if name.eq_ignore_ascii_case(X_API_KEY.as_str().as_bytes()) {
+        return Some(X_API_KEY);
+    }
+    HeaderName::from_bytes(name).ok()
 }
 
 impl Proxy {
@@ -86,14 +140,12 @@ impl Proxy {
                 line(name, value);
             }
         }
-        self.tell_upstream(session, context, |name, value| line(name, &value))?;
+        self.tell_upstream(session, context, &mut line)?;
         out.put_slice(b"\r\n");
         out.put_slice(body);
         Ok(())
     }
 }
 
-/// What is sent and retried in one piece, in bytes.
-const MOST_BODY: u64 = 16 * 1024;
 /// For the lines of a usual head.
 const HEAD_ROOM: usize = 2048;

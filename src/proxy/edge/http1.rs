@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::{Pin, pin};
 
+use bytes::Bytes;
 use futures_util::FutureExt as _;
 use futures_util::future::{Fuse, FusedFuture as _};
 use pingora::apps::HttpServerApp;
@@ -12,6 +13,8 @@ use pingora::server::ShutdownWatch;
 use tokio::io::AsyncWriteExt;
 use tokio::time::Instant;
 
+use super::super::Proxy;
+use super::super::direct::{DirectWay, PlainRequest, Served};
 use super::super::guard::{Guard, LazyTimer, close, close_lingering};
 use super::super::strict::{HeadCheck, HeadFraming};
 use super::refusal::{refusal_head, request_id};
@@ -34,9 +37,11 @@ where
         let mut leaving = pin!(leaving(shutdown.clone()).fuse());
         let mut remaining = self.settings.requests_per_connection;
         let mut is_first = true;
+        let mut direct = None;
         loop {
+            let mut check = HeadCheck::new(self.limits);
             let framing = match self
-                .next_head(&mut guard, is_first, &mut waiting, leaving.as_mut())
+                .next_head(&mut guard, &mut check, is_first, &mut waiting, leaving.as_mut())
                 .await
             {
                 Ok(Some(framing)) => framing,
@@ -48,19 +53,32 @@ where
                 Ok(message) => message,
                 Err(ambiguity) => return self.refuse(guard, ambiguity.into()).await,
             };
-            let active = self.activity.begin();
-            let mut session = ServerSession::new_http1(guard);
-            session.set_pipelined_prefix(message);
-            session.set_keepalive_reuses_remaining(remaining);
-            let reused = self.proxy.process_new_http(session, shutdown).await;
-            drop(active);
-            let Some(reused) = reused else { return };
-            let (stream, _) = reused.consume();
-            let Ok(returned) = stream.into_any().downcast::<Guard>() else {
-                debug_assert!(false, "Pingora gave back another stream than it was given");
-                return;
+            let _active = self.activity.begin();
+            let is_last = remaining.is_some_and(|left| left <= 1) || *shutdown.borrow();
+            let message = message.freeze();
+            let served = match self.plain_request(&message, &framing, &check) {
+                Some((proxy, request)) => {
+                    let way = direct.get_or_insert_with(|| DirectWay::new(proxy.clone(), &guard));
+                    way.serve(guard, request, !framing.closes && !is_last).await
+                }
+                None => Served::Undone(guard, message, None),
             };
-            guard = returned;
+            let kept = match served {
+                Served::Kept(guard) => Some(guard),
+                Served::Ended => None,
+                Served::Undone(guard, message, begun) => {
+                    let mut session = ServerSession::new_http1(guard);
+                    session.set_pipelined_prefix(message.into());
+                    session.set_keepalive_reuses_remaining(remaining.map(|left| left.saturating_sub(1)));
+                    session.set_connection_user_context(begun);
+                    // With what is left of this task's turn Pingora might not read even what is there already, and it drops
+                    // that once the process ends.
+                    tokio::task::consume_budget().await;
+                    self.serve_by_pingora(session, shutdown).await
+                }
+            };
+            let Some(kept) = kept else { return };
+            guard = kept;
             remaining = remaining.map(|left| left.saturating_sub(1));
             if !guard.is_reusable() || remaining == Some(0) {
                 return;
@@ -68,10 +86,33 @@ where
         }
     }
 
+    /// The request, if it may go the direct way.
+    fn plain_request(
+        &self,
+        message: &Bytes,
+        framing: &HeadFraming,
+        check: &HeadCheck,
+    ) -> Option<(&Proxy, PlainRequest)> {
+        let proxy = self.direct.as_ref()?;
+        if !framing.is_plain || !proxy.has_direct_way() {
+            return None;
+        }
+        Some((proxy, PlainRequest::new(message.clone(), framing, check)?))
+    }
+
+    /// Returns the connection, if it can carry another request.
+    async fn serve_by_pingora(&self, session: ServerSession, shutdown: &ShutdownWatch) -> Option<Box<Guard>> {
+        let (stream, _) = self.proxy.process_new_http(session, shutdown).await?.consume();
+        let returned = stream.into_any().downcast();
+        debug_assert!(returned.is_ok(), "Pingora gave back another stream than it was given");
+        returned.ok()
+    }
+
     /// Waits for the next head and checks it. `None` if none came.
     async fn next_head(
         &self,
         guard: &mut Guard,
+        check: &mut HeadCheck,
         is_first: bool,
         waiting: &mut LazyTimer,
         mut leaving: Pin<&mut Fuse<impl Future<Output = ()>>>,
@@ -101,7 +142,6 @@ where
             }
         }
         let mut deadline = None;
-        let mut check = HeadCheck::new(self.limits);
         let mut may_skip_line = true;
         loop {
             // One empty line before a request line is what RFC 9112 section 2.2 asks to be ignored.

@@ -3,8 +3,8 @@
 //! [`Edge`] is a Pingora `ServerApp` around Pingora's own HTTP proxy. Pingora goes on accepting connections, handing
 //! descriptors over and shutting down; the edge counts connections, does the TLS handshake, reads each request head
 //! under one deadline, checks it ([`super::strict`]) and lends Pingora a stream ([`super::guard`]) that yields exactly
-//! this one message. What is refused here never reaches Pingora, nor its `logging` hook: it is told to the
-//! [`EdgeObserver`].
+//! this one message, or sends it on the direct way ([`super::direct`]). What is refused here never reaches Pingora, nor
+//! its `logging` hook: it is told to the [`EdgeObserver`].
 //!
 //! What a `ProxyHttp` behind an edge must still do is in [`end_body_once`], [`filter_upgrade`],
 //! [`remove_claims`] and [`guard_refusal`].
@@ -33,6 +33,7 @@ use pingora::proxy::{HttpProxy, ProxyHttp};
 use pingora::server::ShutdownWatch;
 use tokio::time::Instant;
 
+use super::Proxy;
 use super::client_address::{ProxyHeader, TrustedProxies, read_proxy_header};
 use super::guard::{ConnectionInfo, Guard, GuardSettings};
 use super::slots::{Slot, Slots};
@@ -48,6 +49,7 @@ pub struct Edge<P> {
     limits: HeadLimits,
     trusted: TrustedProxies,
     proxy: Arc<HttpProxy<P>>,
+    direct: Option<Proxy>,
     tls: Option<Arc<ListenerTls>>,
     observer: Arc<dyn EdgeObserver>,
     slots: Arc<Slots>,
@@ -74,6 +76,7 @@ where
             slots: Slots::new(settings.connections, settings.connections_per_address),
             settings,
             proxy,
+            direct: None,
             tls,
             observer,
             activity: Arc::default(),
@@ -85,6 +88,12 @@ where
     pub fn sharing(mut self, slots: Arc<Slots>, activity: Arc<Activity>) -> Self {
         self.slots = slots;
         self.activity = activity;
+        self
+    }
+
+    /// Lets plain requests go the direct way of this proxy, which is the one that Pingora's proxy was made of.
+    pub fn going_directly(mut self, proxy: Proxy) -> Self {
+        self.direct = Some(proxy);
         self
     }
 

@@ -41,7 +41,7 @@ pub struct Activity {
 }
 
 impl Activity {
-    /// Requests that Pingora is working on.
+    /// Requests that are being worked on.
     pub fn requests(&self) -> usize {
         self.requests.load(Ordering::Acquire)
     }

@@ -38,10 +38,10 @@ impl ConnectionInfo {
     }
 
     /// The client's address as a header value, written once for all requests of the connection.
-    pub(in crate::proxy) fn client_value(&self) -> Option<HeaderValue> {
+    pub(in crate::proxy) fn client_value(&self) -> Option<&HeaderValue> {
         let client = self.client?;
         let write = || address_value(client.ip().to_canonical());
-        Some(self.client_value.get_or_init(write).clone())
+        Some(self.client_value.get_or_init(write))
     }
 
     /// Once the connection is upgraded, asks `is_allowed` every half second, and closes the connection when it says

@@ -12,6 +12,11 @@ pub struct HeadFraming {
     pub authority: Option<(usize, usize)>,
     /// The head has an `Upgrade` field, and `Connection` names it.
     pub upgrade: bool,
+    /// An HTTP/1.1 request with a short body or none, in origin-form, of which nothing concerns the connection but
+    /// whether it is kept.
+    pub is_plain: bool,
+    /// `Connection: close` is said.
+    pub closes: bool,
 }
 
 /// How the body of a request is delimited.

@@ -25,6 +25,52 @@ pub struct HeadCheck {
     chunked: bool,
     upgrade_field: bool,
     upgrade_option: bool,
+    close_option: bool,
+    is_plain: bool,
+    /// Where the target begins and ends, in a head that may be plain.
+    target: (usize, usize),
+    /// Where fields stand, as long as the head may be plain.
+    spans: [FieldSpan; MOST_PLAIN_FIELDS],
+}
+
+/// Where a field stands in its head: from `start` to `colon` its name, then to `end` its value and the space around it.
+#[derive(Clone, Copy, Debug, Default)]
+struct FieldSpan {
+    start: u32,
+    colon: u32,
+    end: u32,
+}
+
+/// A plain head that was checked, cut into its parts.
+#[derive(Clone, Copy, Debug)]
+pub struct PlainHead<'a> {
+    bytes: &'a [u8],
+    check: &'a HeadCheck,
+}
+
+impl<'a> PlainHead<'a> {
+    /// The method.
+    pub fn method(self) -> &'a [u8] {
+        &self.bytes[..self.check.target.0 - 1]
+    }
+
+    /// The target, in origin-form or `*`.
+    pub fn target(self) -> &'a [u8] {
+        &self.bytes[self.check.target.0..self.check.target.1]
+    }
+
+    /// How many fields there are.
+    pub fn field_count(self) -> usize {
+        self.check.fields
+    }
+
+    /// Names and values in their order, without the space around values.
+    pub fn fields(self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+        self.check.spans[..self.check.fields].iter().map(move |span| {
+            let [start, colon, end] = [span.start, span.colon, span.end].map(|at| at as usize);
+            (&self.bytes[start..colon], trim(&self.bytes[colon + 1..end]))
+        })
+    }
 }
 
 impl HeadCheck {
@@ -43,7 +89,16 @@ impl HeadCheck {
             chunked: false,
             upgrade_field: false,
             upgrade_option: false,
+            close_option: false,
+            is_plain: true,
+            target: (0, 0),
+            spans: [FieldSpan::default(); MOST_PLAIN_FIELDS],
         }
+    }
+
+    /// The parts of a head that this check has just found to be plain ([`HeadFraming::is_plain`]); `bytes` begin with it.
+    pub fn plain_head<'a>(&'a self, bytes: &'a [u8]) -> Option<PlainHead<'a>> {
+        (self.is_plain && self.has_request_line).then_some(PlainHead { bytes, check: self })
     }
 
     /// Goes on with `bytes`: all that has come of the head so far, from its first byte, and perhaps more behind it.
@@ -76,7 +131,8 @@ impl HeadCheck {
                 if self.fields > self.limits.fields {
                     return Err(Ambiguity::TooManyFields);
                 }
-                self.field(bytes, line.start, line.end)?;
+                let colon = self.field(bytes, line.start, line.end)?;
+                self.note_span(line.start, colon, line.end);
             }
         }
         self.searched = bytes.len();
@@ -102,7 +158,10 @@ impl HeadCheck {
         let (target, version) = (&rest[..target_end], &rest[target_end + 1..]);
         match version {
             b"HTTP/1.1" => {}
-            b"HTTP/1.0" => self.version_10 = true,
+            b"HTTP/1.0" => {
+                self.version_10 = true;
+                self.is_plain = false;
+            }
             _ => {
                 let named = version.strip_prefix(b"HTTP/").is_some_and(|number| {
                     !number.is_empty() && number.len() <= 3 && number.iter().all(|b| b.is_ascii_digit() || *b == b'.')
@@ -115,6 +174,9 @@ impl HeadCheck {
             }
         }
         check_method(method)?;
+        // No answer to HEAD has the length that its head says.
+        self.is_plain &= method != b"HEAD";
+        self.target = (method_end + 1, method_end + 1 + target_end);
         if target.len() > self.limits.target_bytes {
             return Err(Ambiguity::TargetTooLong);
         }
@@ -132,12 +194,22 @@ impl HeadCheck {
                 let slash = memchr::memchr(b'/', &target[scheme.len()..]).ok_or(Ambiguity::TargetForm)?;
                 let (start, authority) = (method_end + 1, method_end + 1 + scheme.len());
                 self.absolute = Some((start, authority, authority + slash));
+                self.is_plain = false;
                 check_target(&target[scheme.len() + slash..], self.limits.paths)
             }
         }
     }
 
-    fn field(&mut self, bytes: &[u8], start: usize, end: usize) -> Result<(), Ambiguity> {
+    fn note_span(&mut self, start: usize, colon: usize, end: usize) {
+        let span = [start, colon, end].map(u32::try_from);
+        match (self.spans.get_mut(self.fields - 1), span) {
+            (Some(place), [Ok(start), Ok(colon), Ok(end)]) => *place = FieldSpan { start, colon, end },
+            _ => self.is_plain = false,
+        }
+    }
+
+    /// Checks one field, and says where its colon stands.
+    fn field(&mut self, bytes: &[u8], start: usize, end: usize) -> Result<usize, Ambiguity> {
         let line = &bytes[start..end];
         let mut classes = 0;
         let mut name_end = line.len();
@@ -178,16 +250,24 @@ impl HeadCheck {
                 let value_start = start + name_end + 1 + raw.iter().take_while(|b| is_space(**b)).count();
                 self.host = Some((value_start, value_start + value.len()));
             }
-            6 if name.eq_ignore_ascii_case(b"expect") && !trim(raw).eq_ignore_ascii_case(b"100-continue") => {
-                return Err(Ambiguity::Expectation);
+            6 if name.eq_ignore_ascii_case(b"expect") => {
+                if !trim(raw).eq_ignore_ascii_case(b"100-continue") {
+                    return Err(Ambiguity::Expectation);
+                }
+                self.is_plain = false;
             }
-            7 if name.eq_ignore_ascii_case(b"upgrade") => self.upgrade_field = true,
+            7 if name.eq_ignore_ascii_case(b"upgrade") => {
+                self.upgrade_field = true;
+                self.is_plain = false;
+            }
             10 if name.eq_ignore_ascii_case(b"connection") => self.connection(raw)?,
             14 if name.eq_ignore_ascii_case(b"content-length") => {
                 if self.length.is_some() {
                     return Err(Ambiguity::LengthRepeated);
                 }
-                self.length = Some(content_length(raw.strip_prefix(b" ").unwrap_or(raw))?);
+                let length = content_length(raw.strip_prefix(b" ").unwrap_or(raw))?;
+                self.length = Some(length);
+                self.is_plain &= length <= MOST_PLAIN_BODY;
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
                 if self.chunked {
@@ -197,19 +277,25 @@ impl HeadCheck {
                     return Err(Ambiguity::EncodingForm);
                 }
                 self.chunked = true;
+                self.is_plain = false;
             }
+            _ if CONNECTION_FIELDS.iter().any(|known| name.eq_ignore_ascii_case(known)) => self.is_plain = false,
             _ => {}
         }
-        Ok(())
+        Ok(start + name_end)
     }
 
     /// `Connection` makes proxies drop the fields it names. Naming `x-api-key` or `content-length` there would make
     /// the next server see another request than the one that was decided on.
     fn connection(&mut self, value: &[u8]) -> Result<(), Ambiguity> {
+        let only = trim(value);
+        self.is_plain &= only.eq_ignore_ascii_case(b"keep-alive") || only.eq_ignore_ascii_case(b"close");
         for option in value.split(|b| *b == b',') {
             let option = trim(option);
             if option.eq_ignore_ascii_case(b"upgrade") {
                 self.upgrade_option = true;
+            } else if option.eq_ignore_ascii_case(b"close") {
+                self.close_option = true;
             } else if !option.is_empty()
                 && !CONNECTION_OPTIONS
                     .iter()
@@ -244,6 +330,8 @@ impl HeadCheck {
             body,
             authority,
             upgrade: self.upgrade_field && self.upgrade_option,
+            is_plain: self.is_plain && self.line_start <= MOST_PLAIN_HEAD,
+            closes: self.close_option,
         })
     }
 }
@@ -265,6 +353,25 @@ const CONNECTION_OPTIONS: &[&[u8]] = &[
     b"http2-settings",
     b"proxy-connection",
 ];
+
+/// Fields that concern the connection and not the request (RFC 9110 section 7.6.1, and those seen in the wild), beside
+/// those that are looked at by themselves.
+const CONNECTION_FIELDS: &[&[u8]] = &[
+    b"http2-settings",
+    b"keep-alive",
+    b"proxy-authenticate",
+    b"proxy-authorization",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+];
+
+/// A head with more fields is not plain.
+const MOST_PLAIN_FIELDS: usize = 32;
+/// Nor is a longer one, in bytes: Pingora has to be able to read it, too.
+const MOST_PLAIN_HEAD: usize = 64 * 1024;
+/// Nor is one that announces a longer body, in bytes: it is read whole, and sent again whole where a server fails.
+const MOST_PLAIN_BODY: u64 = 16 * 1024;
 
 #[cfg(test)]
 mod tests {
@@ -298,6 +405,75 @@ mod tests {
         let upgrade =
             head("GET / HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\r\n");
         assert!(upgrade.unwrap().upgrade);
+    }
+
+    #[test]
+    fn a_plain_head_is_cut_into_its_parts() {
+        let text = "POST /a?b HTTP/1.1\r\nHost:a\r\nX-Two:  1 \r\nx-two:\r\nContent-Length: 16384\r\nConnection: Close\r\n\r\nrest";
+        let mut check = HeadCheck::new(LIMITS);
+        let framing = check.resume(text.as_bytes()).unwrap().unwrap();
+        assert!(framing.is_plain && framing.closes);
+        let head = check.plain_head(text.as_bytes()).unwrap();
+        assert_eq!((head.method(), head.target()), (&b"POST"[..], &b"/a?b"[..]));
+        let fields: Vec<_> = head.fields().map(|(name, value)| (str(name), str(value))).collect();
+        assert_eq!(
+            fields,
+            [
+                ("Host", "a"),
+                ("X-Two", "1"),
+                ("x-two", ""),
+                ("Content-Length", "16384"),
+                ("Connection", "Close")
+            ]
+        );
+        assert_eq!(head.field_count(), fields.len());
+    }
+
+    fn str(bytes: &[u8]) -> &str {
+        std::str::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn what_concerns_the_connection_is_not_plain() {
+        let plain = |line: &str, field: &str| {
+            let framing = head(&format!("{line}\r\nHost: a\r\n{field}\r\n")).unwrap();
+            assert_eq!(framing.closes, field == "Connection: keep-alive, close\r\n", "{field}");
+            framing.is_plain
+        };
+        assert!(plain("GET / HTTP/1.1", ""));
+        assert!(plain("OPTIONS * HTTP/1.1", "Connection: Keep-Alive\r\n"));
+        assert!(plain("GET / HTTP/1.1", &"X: y\r\n".repeat(MOST_PLAIN_FIELDS - 1)));
+        let limits = HeadLimits {
+            bytes: usize::MAX,
+            ..LIMITS
+        };
+        let long = format!(
+            "GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n",
+            "y".repeat(MOST_PLAIN_HEAD)
+        );
+        assert!(!check_head(long.as_bytes(), limits).unwrap().is_plain);
+        for (line, field) in [
+            ("HEAD / HTTP/1.1", ""),
+            ("GET / HTTP/1.0", ""),
+            ("GET http://a/ HTTP/1.1", ""),
+            ("GET / HTTP/1.1", "Content-Length: 16385\r\n"),
+            ("GET / HTTP/1.1", "Connection: keep-alive, close\r\n"),
+            ("GET / HTTP/1.1", "Connection: TE\r\n"),
+            ("GET / HTTP/1.1", "Connection:\r\n"),
+            ("GET / HTTP/1.1", "Expect: 100-continue\r\n"),
+            ("GET / HTTP/1.1", "HTTP2-Settings: a\r\n"),
+            ("GET / HTTP/1.1", "Keep-Alive: timeout=1\r\n"),
+            ("GET / HTTP/1.1", "Proxy-Authenticate: a\r\n"),
+            ("GET / HTTP/1.1", "Proxy-Authorization: a\r\n"),
+            ("GET / HTTP/1.1", "Proxy-Connection: close\r\n"),
+            ("GET / HTTP/1.1", "te: trailers\r\n"),
+            ("GET / HTTP/1.1", "Trailer: a\r\n"),
+            ("POST / HTTP/1.1", "Transfer-Encoding: chunked\r\n"),
+            ("GET / HTTP/1.1", "Upgrade: websocket\r\n"),
+            ("GET / HTTP/1.1", &"X: y\r\n".repeat(MOST_PLAIN_FIELDS)),
+        ] {
+            assert!(!plain(line, field), "{line} {field}");
+        }
     }
 
     #[test]

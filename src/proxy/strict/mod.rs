@@ -22,7 +22,7 @@ mod request;
 pub use ambiguity::Ambiguity;
 pub use chunks::ChunkCheck;
 pub use framing::{BodyFraming, HeadFraming};
-pub use head::{HeadCheck, check_head};
+pub use head::{HeadCheck, PlainHead, check_head};
 pub use path::{PathRules, check_target, without_parameters};
 pub use request::check_request;
 

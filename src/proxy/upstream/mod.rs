@@ -51,6 +51,13 @@ pub struct UpstreamSettings {
     pub health: Option<HealthSettings>,
 }
 
+impl UpstreamSettings {
+    /// Its servers speak HTTP/1, and not over TLS.
+    fn is_plain(&self) -> bool {
+        self.tls.is_none() && !self.http2
+    }
+}
+
 /// A server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerSettings {
@@ -99,6 +106,7 @@ pub struct Timeouts {
 #[derive(Debug)]
 pub struct Upstreams {
     by_name: HashMap<Box<str>, Upstream>,
+    is_any_plain: bool,
     /// Of idle connections to each server.
     pool: usize,
 }
@@ -177,6 +185,7 @@ impl Upstreams {
             (name, Upstream::new(upstream, pool, before))
         });
         Upstreams {
+            is_any_plain: settings.iter().any(UpstreamSettings::is_plain),
             by_name: built.collect(),
             pool,
         }
@@ -186,6 +195,11 @@ impl Upstreams {
     pub fn next(&self, name: &str, attempts: &mut Attempts) -> Option<Box<HttpPeer>> {
         let upstream = self.by_name.get(name)?;
         Some(Box::new(upstream.next(attempts).peer.clone()))
+    }
+
+    /// Whether [`next_plain`](Upstreams::next_plain) can ever return a server.
+    pub(super) fn is_any_plain(&self) -> bool {
+        self.is_any_plain
     }
 
     /// The same, as a server to be asked directly; `None` too where the upstream does not speak HTTP/1 without TLS.
@@ -290,7 +304,7 @@ impl Upstream {
                 peer,
                 address: server.address,
                 timeouts: settings.timeouts,
-                is_plain: settings.tls.is_none() && !settings.http2,
+                is_plain: settings.is_plain(),
             })
         };
         let servers: Box<[Arc<Server>]> = settings.servers.iter().map(build).collect();

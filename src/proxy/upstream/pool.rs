@@ -85,9 +85,13 @@ impl Pool {
     }
 
     /// Keeps a connection for the next request; where there are enough, instead of the one that has rested longest.
-    pub fn put(&self, connection: Connection, now_ns: u64) {
+    pub fn put(&self, mut connection: Connection, now_ns: u64) {
         if !connection.is_sound || self.most == 0 {
             return;
+        }
+        connection.buffer.clear();
+        if connection.buffer.capacity() > MOST_AT_REST {
+            connection.buffer = BytesMut::new();
         }
         let mut idle = self.lock();
         let one_too_many = if idle.len() < self.most { None } else { idle.pop_front() };
@@ -133,6 +137,9 @@ impl fmt::Debug for Connection {
         f.debug_struct("Connection").finish_non_exhaustive()
     }
 }
+
+/// A connection at rest keeps no more room than this, in bytes: enough for a usual head and a short answer.
+const MOST_AT_REST: usize = 8 * 1024;
 
 #[cfg(test)]
 mod tests {
@@ -217,6 +224,11 @@ mod tests {
         assert_eq!(pool.lock().len(), 1);
         let too_old = pool.take(Duration::from_secs(30), 50 * SECOND);
         assert!(too_old.is_none() && pool.lock().is_empty());
+        let (mut long, _long_other) = pair(&listener).await;
+        long.buffer = BytesMut::from(&[0; 20_000][..]);
+        pool.put(long, 50 * SECOND);
+        let long = pool.take(Duration::MAX, 50 * SECOND).unwrap();
+        assert_eq!(long.buffer.capacity(), 0, "what a long request needed is given back");
         let nothing = Pool::new(0);
         let (one, mut one_other) = pair(&listener).await;
         nothing.put(one, 0);
