@@ -149,3 +149,59 @@ impl Proxy {
 
 /// For the lines of a usual head.
 const HEAD_ROOM: usize = 2048;
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::strict::{HeadLimits, PathRules};
+    use super::*;
+
+    fn plain(message: &[u8]) -> Option<PlainRequest> {
+        let mut check = HeadCheck::new(HeadLimits {
+            bytes: 32 * 1024,
+            fields: 100,
+            target_bytes: 8192,
+            paths: PathRules::Relaxed,
+        });
+        let framing = check.resume(message).ok()??;
+        PlainRequest::new(Bytes::copy_from_slice(message), &framing, &check)
+    }
+
+    #[test]
+    fn a_request_is_what_was_sent() {
+        let request = plain(b"PUT /a?b=%20 HTTP/1.1\r\nHost: h\r\nX-API-Key: k\r\nX-One: 1\r\nx-one: \xe9\r\nContent-Length: 4\r\n\r\nha");
+        let request = request.unwrap();
+        assert_eq!(
+            (request.head.method.as_str(), request.head.raw_path()),
+            ("PUT", &b"/a?b=%20"[..])
+        );
+        let fields: Vec<_> = request.head.headers.iter().collect();
+        let fields: Vec<_> = fields.iter().map(|(n, v)| (n.as_str(), v.as_bytes())).collect();
+        assert_eq!(
+            fields,
+            [
+                ("host", &b"h"[..]),
+                ("x-api-key", b"k"),
+                ("x-one", b"1"),
+                ("x-one", b"\xe9"),
+                ("content-length", b"4")
+            ]
+        );
+        assert!(request.has_body() && request.head_bytes().ends_with(b"\r\n\r\n"));
+        assert!(request.message().ends_with(b"\r\n\r\nha"));
+    }
+
+    #[test]
+    fn a_target_stays_as_it_is_or_goes_pingoras_way() {
+        let mut kept = 0;
+        for byte in 0..=u8::MAX {
+            for target in [&[b'/', b'a', byte][..], &[b'/', byte, b'?', byte, b'b'], &[b'/', byte]] {
+                let head = [b"GET ", target, b" HTTP/1.1\r\nHost: h\r\n\r\n"].concat();
+                if let Some(request) = plain(&head) {
+                    assert_eq!(request.head.raw_path(), target);
+                    kept += 1;
+                }
+            }
+        }
+        assert!(kept > 150, "{kept}");
+    }
+}
