@@ -374,19 +374,19 @@ impl Gate {
         windows: Option<KeyWindows<'_>>,
         now: Now,
     ) -> Result<Permit, Refusal> {
-        let brief = key.brief;
+        let rights = key.brief.rights;
         let refuse = |reason| self.refuse(rule.refusal_of(reason, key));
         if rule
             .environments
-            .is_some_and(|allowed| !allowed.contains(brief.environment_id))
+            .is_some_and(|allowed| !allowed.contains(rights.environment_id))
         {
             return refuse(Reason::EnvironmentNotAllowed);
         }
-        let has_scope = |scope: &RequiredScope| rule.facts.terms.has_scope(key.terms_id, brief, scope.id);
+        let has_scope = |scope: &RequiredScope| rule.facts.terms.has_scope(key.terms_id, rights, scope.id);
         if !rule.scope.is_none_or(has_scope) {
             return refuse(Reason::InsufficientScope);
         }
-        let plan = rule.policy.plan(brief.plan);
+        let plan = rule.policy.plan(rights.plan);
         let Some(limit) = plan.limit(rule.tier.id) else {
             // Every tier of a compiled policy has a limit in every plan of it.
             return refuse(Reason::NotReady);
@@ -478,7 +478,7 @@ struct Key<'a> {
     slot: &'a Slot,
     /// What is said of the secret that was presented.
     terms_id: TermsId,
-    brief: &'a Brief,
+    brief: Brief<'a>,
     /// The slot of that secret.
     secret: &'a Slot,
     /// What led to the windows, or did not.

@@ -4,10 +4,13 @@
 //! decision has that in its hands already, so that reading the terms is two plain loads, and a permit needs no count of
 //! references but the one on the table. The table is never changed; the writer makes the next one, of which most pages
 //! are those of the last. What nearly all decisions need of the terms ([`Brief`]) lies in the table itself, close together:
-//! those of ten thousand organisations stay in the processor's cache.
+//! of each terms until when they are valid and the number of their role, and what a role gives once for all that
+//! have it. That of ten thousand organisations stays in the processor's cache.
 //!
 //! - A number is put in force before it is stored in a slot. A reader whose table does not know the number of a
 //!   slot began before that, and finds it in what is in force by then.
+//! - The number of a role means what the same table says it does: it is given to another role when no terms in the next
+//!   table have it.
 //! - A number is taken out of the next table when no slot has it any more, and means something else only when nobody
 //!   holds a table any more in which it meant this (`retired.rs`). So two tables never disagree on a number that a slot
 //!   has.
@@ -24,16 +27,12 @@ use http::HeaderValue;
 use std::fmt;
 use std::sync::Arc;
 
-/// What may be said of a secret. What every decision looks at comes first.
+/// What may be said of a secret.
 #[derive(Debug)]
-#[repr(C)]
 pub struct Terms {
     /// Unix milliseconds; `i64::MAX` for never.
     pub(super) not_after_ms: i64,
     pub(super) expires_at_ms: i64,
-    pub(super) scopes: NameSet,
-    pub(super) environment_id: NameId,
-    pub(super) plan: NameId,
     pub(super) disabled: bool,
     pub(super) revoked: bool,
     pub(super) role: Arc<Role>,
@@ -45,6 +44,10 @@ pub struct Terms {
 /// What keys of many organisations have in common.
 #[derive(Debug)]
 pub(super) struct Role {
+    number: RoleId,
+    pub rights: Rights,
+    /// All scopes, by number.
+    scope_ids: NameSet,
     pub environment: HeaderValue,
     /// The scopes, separated by spaces.
     pub scopes: HeaderValue,
@@ -53,6 +56,15 @@ pub(super) struct Role {
 }
 
 impl Terms {
+    /// Until then, in Unix milliseconds, there is nothing against the secret.
+    fn valid_until_ms(&self) -> i64 {
+        if self.disabled || self.revoked {
+            i64::MIN
+        } else {
+            self.not_after_ms.min(self.expires_at_ms)
+        }
+    }
+
     /// Whether they may be those of many keys.
     fn is_plain(&self) -> bool {
         let endless = self.not_after_ms == i64::MAX && self.expires_at_ms == i64::MAX;
@@ -105,25 +117,50 @@ pub(super) type TermsId = u32;
 /// No terms.
 pub(super) const NO_TERMS: TermsId = TermsId::MAX;
 
+/// The number of a role.
+type RoleId = u32;
+/// Beside a role's number.
+const ENDS: u32 = 1 << 31;
+/// No role.
+const NO_ROLE: RoleId = ENDS - 1;
+
 /// Terms by number, of one moment.
 #[derive(Clone, Default)]
-pub(super) struct Known(Arc<[Arc<Page>]>);
+pub(super) struct Known {
+    pages: Arc<[Arc<Page>]>,
+    /// By the numbers of roles.
+    rights: Arc<[Rights]>,
+}
 
+/// What every decision looks at comes first.
 #[derive(Clone)]
+#[repr(C)]
 struct Page {
-    briefs: [Brief; PAGE],
+    /// The number of the role, and [`ENDS`] where the secret is not valid for ever.
+    roles: [u32; PAGE],
+    valid_until_ms: [i64; PAGE],
     terms: [Option<Arc<Terms>>; PAGE],
 }
 
 /// What a decision on a valid secret needs to know.
 #[derive(Clone, Copy)]
-pub(super) struct Brief {
+pub(super) struct Brief<'t> {
     /// Until then, in Unix milliseconds, there is nothing against the secret. From then on the terms say what.
     pub valid_until_ms: i64,
+    pub rights: &'t Rights,
+}
+
+/// What a role gives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rights {
+    /// The first 64 scopes, a bit for each.
     scopes: u64,
     pub environment_id: NameId,
     pub plan: NameId,
 }
+
+/// Room for so many roles is made at first, and for as many again as there are whenever it is full.
+const ROLES_AT_LEAST: RoleId = 16;
 
 /// A change that brings new terms copies a page, and a pointer for each of the others.
 const PAGE: usize = 256;
@@ -131,66 +168,72 @@ const PAGE: usize = 256;
 impl Known {
     #[inline]
     pub fn get(&self, id: TermsId) -> Option<&Arc<Terms>> {
-        held_in(&self.0, id)
+        held_in(&self.pages, id)
     }
 
     /// What a number comes to that is not in the table is not valid.
     #[inline]
-    pub fn brief(&self, id: TermsId) -> &Brief {
-        let page = self.0.get(id as usize / PAGE);
-        page.map_or(&Brief::NONE, |page| &page.briefs[id as usize % PAGE])
+    pub fn brief(&self, id: TermsId) -> Brief<'_> {
+        let Some(page) = self.pages.get(id as usize / PAGE) else {
+            return Brief::NONE;
+        };
+        let place = id as usize % PAGE;
+        let role = page.roles[place];
+        Brief {
+            // So that for most secrets nothing is asked of the memory but the role, which is more likely to be near.
+            valid_until_ms: if role & ENDS == 0 {
+                i64::MAX
+            } else {
+                page.valid_until_ms[place]
+            },
+            rights: self.rights.get((role & !ENDS) as usize).unwrap_or(&Rights::NONE),
+        }
     }
 
-    /// Whether the terms, of which `brief` is the brief, have the scope.
+    /// Whether the terms, which give `rights`, have the scope.
     #[inline]
-    pub fn has_scope(&self, id: TermsId, brief: &Brief, scope: NameId) -> bool {
+    pub fn has_scope(&self, id: TermsId, rights: &Rights, scope: NameId) -> bool {
         match scope.index() {
-            bit @ 0..64 => brief.scopes >> bit & 1 == 1,
-            _ => self.get(id).is_some_and(|terms| terms.scopes.contains(scope)),
+            bit @ 0..64 => rights.scopes >> bit & 1 == 1,
+            _ => self.get(id).is_some_and(|terms| terms.role.scope_ids.contains(scope)),
         }
     }
 }
 
-impl Brief {
-    const NONE: Brief = Brief {
+impl Brief<'static> {
+    const NONE: Self = Brief {
         valid_until_ms: i64::MIN,
+        rights: &Rights::NONE,
+    };
+}
+
+impl Rights {
+    const NONE: Rights = Rights {
         scopes: 0,
         environment_id: NameId(u16::MAX),
         plan: NameId(u16::MAX),
     };
 }
 
-impl From<&Terms> for Brief {
-    fn from(terms: &Terms) -> Self {
-        let is_off = terms.disabled || terms.revoked;
-        Brief {
-            valid_until_ms: if is_off {
-                i64::MIN
-            } else {
-                terms.not_after_ms.min(terms.expires_at_ms)
-            },
-            scopes: terms.scopes.first_64(),
-            environment_id: terms.environment_id,
-            plan: terms.plan,
-        }
-    }
-}
-
 impl Page {
     const EMPTY: Page = Page {
-        briefs: [Brief::NONE; PAGE],
+        roles: [NO_ROLE | ENDS; PAGE],
+        valid_until_ms: [i64::MIN; PAGE],
         terms: [const { None }; PAGE],
     };
 
     fn set(&mut self, place: usize, terms: Option<Arc<Terms>>) {
-        self.briefs[place] = terms.as_deref().map_or(Brief::NONE, Brief::from);
+        let role = terms.as_ref().map_or(NO_ROLE, |terms| terms.role.number);
+        let until = terms.as_ref().map_or(i64::MIN, |terms| terms.valid_until_ms());
+        self.roles[place] = if until == i64::MAX { role } else { role | ENDS };
+        self.valid_until_ms[place] = until;
         self.terms[place] = terms;
     }
 }
 
 impl fmt::Debug for Known {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Known").field("pages", &self.0.len()).finish()
+        f.debug_struct("Known").field("pages", &self.pages.len()).finish()
     }
 }
 
@@ -208,6 +251,9 @@ pub(super) struct TermsTable {
     /// Of keys without an end, by organisation and role.
     plain: HashTable<TermsId>,
     roles: HashTable<Arc<Role>>,
+    /// What the roles give, by their numbers.
+    rights: Arc<[Rights]>,
+    free_roles: Vec<RoleId>,
     hasher: ahash::RandomState,
 }
 
@@ -267,7 +313,11 @@ impl TermsTable {
     /// The next table, and the numbers that were taken out of it.
     pub fn next(&mut self) -> (Known, Vec<TermsId>) {
         self.changed = false;
-        (Known(self.pages.as_slice().into()), std::mem::take(&mut self.gone))
+        let known = Known {
+            pages: self.pages.as_slice().into(),
+            rights: self.rights.clone(),
+        };
+        (known, std::mem::take(&mut self.gone))
     }
 
     /// These numbers mean nothing to anybody any more.
@@ -315,37 +365,61 @@ impl TermsTable {
     }
 
     fn plain_terms(&mut self, names: &NameTables, key: &KeyUpdate) -> Result<Terms, KeyError> {
-        let scopes = key.scopes.iter().map(|name| names.scopes.number(name));
         Ok(Terms {
             not_after_ms: i64::MAX,
             expires_at_ms: i64::MAX,
-            scopes: scopes.collect::<Result<NameSet, _>>()?,
-            environment_id: names.environments.number(&key.environment)?,
-            plan: names.plans.number(&key.plan)?,
             disabled: false,
             revoked: false,
-            role: self.role(key)?,
             organization: header(key, &key.organization)?,
+            role: self.role(names, key)?,
             long_id: None,
         })
     }
 
-    fn role(&mut self, key: &KeyUpdate) -> Result<Arc<Role>, KeyError> {
+    fn role(&mut self, names: &NameTables, key: &KeyUpdate) -> Result<Arc<Role>, KeyError> {
         let hash = plain_hash(&self.hasher, "", &key.environment, &key.plan, &key.scopes);
         if let Some(held) = self.roles.find(hash, |held| held.is_of(key)) {
             return Ok(held.clone());
         }
-        let role = Arc::new(Role {
+        let scope_ids = key.scopes.iter().map(|name| names.scopes.number(name));
+        let scope_ids = scope_ids.collect::<Result<NameSet, _>>()?;
+        let rights = Rights {
+            scopes: scope_ids.first_64(),
+            environment_id: names.environments.number(&key.environment)?,
+            plan: names.plans.number(&key.plan)?,
+        };
+        let mut role = Role {
+            number: NO_ROLE,
+            rights,
+            scope_ids,
             environment: header(key, &key.environment)?,
             scopes: header(key, &key.scopes.join(" "))?,
             scope_names: key.scopes.clone().into(),
             plan_name: key.plan.clone(),
-        });
+        };
+        role.number = self.number_of_role(rights)?;
+        let role = Arc::new(role);
         let hasher = &self.hasher;
         self.roles.insert_unique(hash, role.clone(), |held| {
             plain_hash(hasher, "", text(&held.environment), &held.plan_name, &held.scope_names)
         });
         Ok(role)
+    }
+
+    /// A number for a role that gives these.
+    fn number_of_role(&mut self, rights: Rights) -> Result<RoleId, KeyError> {
+        if self.free_roles.is_empty() {
+            let held = RoleId::try_from(self.rights.len()).map_err(|_| KeyError::TooMany)?;
+            let more = held.max(ROLES_AT_LEAST);
+            let end = held.checked_add(more).filter(|end| *end <= NO_ROLE);
+            let end = end.ok_or(KeyError::TooMany)?;
+            let unused = std::iter::repeat_n(Rights::NONE, more as usize);
+            self.rights = self.rights.iter().copied().chain(unused).collect();
+            self.free_roles.extend((held..end).rev());
+        }
+        let number = self.free_roles.pop().ok_or(KeyError::TooMany)?;
+        Arc::make_mut(&mut self.rights)[number as usize] = rights;
+        Ok(number)
     }
 
     /// Forgets what no secret has any more.
@@ -355,7 +429,14 @@ impl TermsTable {
         let unused = |id: &TermsId| uses[*id as usize] == 0 && held_in(pages, *id).is_some();
         let unused: Vec<TermsId> = (0..uses.len() as TermsId).filter(unused).collect();
         unused.into_iter().for_each(|id| self.remove(id));
-        self.roles.retain(|role| Arc::strong_count(role) > 1);
+        let free_roles = &mut self.free_roles;
+        self.roles.retain(|role| {
+            let is_held = Arc::strong_count(role) > 1;
+            if !is_held {
+                free_roles.push(role.number);
+            }
+            is_held
+        });
     }
 }
 
@@ -447,6 +528,48 @@ mod tests {
     }
 
     #[test]
+    fn each_role_gives_its_own_rights_and_a_number_is_another_roles_only_when_nobody_can_see_the_first() {
+        let (names, mut table, slots) = (NameTables::default(), TermsTable::default(), Slots::new());
+        assert!(slots.allocate(0));
+        let with_scope = |n: u32| KeyUpdate {
+            scopes: vec![format!("scope:{}", n % 64).into()],
+            plan: format!("plan_{n}").into(),
+            ..key_of("org_1", None)
+        };
+        let roles = ROLES_AT_LEAST * 3 + 1;
+        let ids: Vec<TermsId> = (0..roles)
+            .map(|n| table.of(&names, &with_scope(n), None).unwrap())
+            .collect();
+        let (known, _) = table.next();
+        let is_right = |known: &Known, n: u32, id: TermsId| {
+            let rights = known.brief(id).rights;
+            let scope = names.scopes.find(&format!("scope:{}", n % 64)).unwrap();
+            known.has_scope(id, rights, scope) && *names.plans.name(rights.plan) == *format!("plan_{n}")
+        };
+        assert!((0..roles).zip(&ids).all(|(n, id)| is_right(&known, n, *id)));
+        let number_of = |known: &Known, id| known.get(id).unwrap().role.number;
+        let first = number_of(&known, ids[0]);
+
+        // Nobody has them any more, but a reader has the table that knows them.
+        table.forget_unused();
+        let gone = table.next().1;
+        assert_eq!(gone.len(), ids.len());
+        let other = table.of(&names, &with_scope(1_000), None).unwrap();
+        let (after, _) = table.next();
+        assert_ne!(number_of(&after, other), first);
+        assert!((0..roles).zip(&ids).all(|(n, id)| is_right(&known, n, *id)));
+
+        drop(known);
+        table.use_again(gone);
+        table.give(slots.get(0).unwrap(), other);
+        table.forget_unused();
+        let anew = table.of(&names, &with_scope(2_000), None).unwrap();
+        let (last, _) = table.next();
+        assert!(number_of(&last, anew) < roles, "used again");
+        assert!(is_right(&last, 2_000, anew) && is_right(&last, 1_000, other) && is_right(&after, 1_000, other));
+    }
+
+    #[test]
     fn a_scope_is_had_whatever_its_number() {
         let (names, mut table) = (NameTables::default(), TermsTable::default());
         let all: Vec<Box<str>> = (0..130).map(|n| format!("scope:{n}").into()).collect();
@@ -458,7 +581,7 @@ mod tests {
         let id = table.of(&names, &key, None).unwrap();
         let (known, _) = table.next();
         for (n, scope) in numbers.into_iter().enumerate() {
-            assert_eq!(known.has_scope(id, known.brief(id), scope), n % 3 == 0, "{n}");
+            assert_eq!(known.has_scope(id, known.brief(id).rights, scope), n % 3 == 0, "{n}");
         }
     }
 }

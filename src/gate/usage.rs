@@ -141,7 +141,7 @@ impl Gate {
                 return;
             };
             let Some(slot) = self.slots.get(owner) else { return };
-            let plan = writer.terms.get(slot.terms()).map(|terms| terms.plan);
+            let plan = writer.terms.get(slot.terms()).map(|terms| terms.role.rights.plan);
             let plan = plan.map_or_else(|| policy.base(), |plan| policy.plan(plan));
             // A tier that is in no settings any more has no limit to count against.
             let Some(limit) = plan.limit(tier) else { return };
@@ -271,7 +271,7 @@ impl Gate {
 
     fn environment_of(&self, slot: &Slot) -> Arc<str> {
         let in_force = self.in_force.load();
-        let brief = in_force.facts.terms.brief(slot.terms());
-        self.names.environments.name(brief.environment_id)
+        let rights = in_force.facts.terms.brief(slot.terms()).rights;
+        self.names.environments.name(rights.environment_id)
     }
 }

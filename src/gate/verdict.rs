@@ -70,7 +70,12 @@ impl Permit {
     /// The upstream that the request goes to: the rule's sandbox one for keys of environments that are not billed.
     pub fn upstream(&self) -> &str {
         let route = self.route();
-        let is_sandbox = |holder: Holder<'_>| self.facts.policy.sandboxes.contains(holder.terms.environment_id);
+        let is_sandbox = |holder: Holder<'_>| {
+            self.facts
+                .policy
+                .sandboxes
+                .contains(holder.terms.role.rights.environment_id)
+        };
         match &route.sandbox_upstream {
             Some(sandbox) if self.holder().is_some_and(is_sandbox) => sandbox,
             _ => &route.upstream,
