@@ -100,14 +100,14 @@ fn a_changed_limit_applies_at_once_to_what_is_counted() {
 #[test]
 fn a_window_too_small_for_its_limit_says_so_and_moves_without_loss() {
     for (window_ms, fits, outgrown, bytes) in [
-        (60_000, 63, 64, 160),
-        (60_000, 1_023, 1_024, 224),
-        (60_000, 32_767, 32_768, 304),
-        (60_000, Limit::MAX_PERMITS, 0, 544),
-        (3_600_000, 255, 256, 160),
-        (3_600_000, 8_191, 8_192, 224),
-        (86_400_000, 524_287, 524_288, 304),
-        (86_400_000, Limit::MAX_PERMITS, 0, 544),
+        (60_000, 63, 64, 168),
+        (60_000, 1_023, 1_024, 232),
+        (60_000, 32_767, 32_768, 312),
+        (60_000, Limit::MAX_PERMITS, 0, 552),
+        (3_600_000, 255, 256, 168),
+        (3_600_000, 8_191, 8_192, 232),
+        (86_400_000, 524_287, 524_288, 312),
+        (86_400_000, Limit::MAX_PERMITS, 0, 552),
     ] {
         let (step, seconds) = (window_ms / 60 * 1_000_000, (window_ms / 60_000) as u32);
         let small = limit(fits, window_ms);

@@ -30,7 +30,7 @@ use super::limit::Limit;
 use super::quota::{KeyWindows, Place};
 use super::scope::NameId;
 use super::slots::{self, SlotId};
-use super::window::Window;
+use super::window::{Rings, Window};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{
@@ -60,8 +60,7 @@ struct Cell {
     places: [Place; PLACES],
     /// A bit for each place that is not free.
     used: [AtomicU64; PLACES.div_ceil(64)],
-    rings: Box<[AtomicU64]>,
-    ring_len: usize,
+    rings: Rings,
 }
 
 /// A place, and a hold on its memory.
@@ -96,7 +95,7 @@ impl Places {
         let ring_len = Window::ring_len(limit);
         let cells = self.0.get(slots::chunk_of(owner))?.iter().enumerate();
         let mut fitting =
-            cells.filter_map(|(at, cell)| Some((at, cell.as_deref().filter(|cell| cell.ring_len == ring_len)?)));
+            cells.filter_map(|(at, cell)| Some((at, cell.as_deref().filter(|cell| cell.rings.len() == ring_len)?)));
         let (at, cell, index) = fitting.find_map(|(at, cell)| Some((at, cell, cell.claim()?)))?;
         let windows = cell.windows(index);
         windows.begin(tier, limit, now_ns);
@@ -115,7 +114,7 @@ impl Places {
         let (chunk, ring_len) = (slots::chunk_of(owner), Window::ring_len(limit));
         let mut chunks = self.0.to_vec();
         chunks.resize_with(chunks.len().max(chunk + 1), Cells::default);
-        let has_room = |cell: &Arc<Cell>| cell.ring_len == ring_len && cell.has_room();
+        let has_room = |cell: &Arc<Cell>| cell.rings.len() == ring_len && cell.has_room();
         if !chunks[chunk].iter().flatten().any(has_room) {
             let mut cells = chunks[chunk].to_vec();
             let made = Some(Arc::new(Cell::new(ring_len)));
@@ -167,8 +166,7 @@ impl Cell {
         let cell = Cell {
             places: std::array::from_fn(|_| Place::empty()),
             used: Default::default(),
-            rings: (0..PLACES * ring_len).map(|_| AtomicU64::new(0)).collect(),
-            ring_len,
+            rings: Rings::new(PLACES, ring_len),
         };
         // What the last word has no places for is not free.
         cell.used[PLACES / 64].store(u64::MAX << (PLACES % 64), Relaxed);
@@ -177,8 +175,7 @@ impl Cell {
 
     #[inline(always)]
     fn windows(&self, index: usize) -> KeyWindows<'_> {
-        let ring = self.rings.get(index * self.ring_len..(index + 1) * self.ring_len);
-        KeyWindows::new(&self.places[index], ring.unwrap_or_default())
+        KeyWindows::new(&self.places[index], &self.rings, index)
     }
 
     /// Claims a place. Acquire: whoever made it free has left it.

@@ -22,7 +22,7 @@ use super::limit::Limit;
 use super::reservation::{Reservation, Spend};
 use super::scope::{NameId, NameSet};
 use super::slots::{NONE, SlotId};
-use super::window::{Refused, Shape, Taken, Window, WindowCounts, WindowRef, Words};
+use super::window::{Refused, Rings, Shape, Taken, Window, WindowCounts, WindowRef, Words};
 use arc_swap::ArcSwapOption;
 use std::sync::Arc;
 use std::sync::atomic::{
@@ -51,7 +51,8 @@ const LEFT: SlotId = NONE - 1;
 #[derive(Clone, Copy)]
 pub(super) struct KeyWindows<'a> {
     place: &'a Place,
-    ring: &'a [AtomicU64],
+    rings: &'a Rings,
+    index: usize,
 }
 
 #[derive(Debug)]
@@ -169,16 +170,16 @@ impl Place {
 }
 
 impl<'a> KeyWindows<'a> {
-    /// Those of this place, and of the ring that goes with it.
+    /// Those of this place, and of the ring with the index, which goes with it.
     #[inline(always)]
-    pub fn new(place: &'a Place, ring: &'a [AtomicU64]) -> Self {
-        KeyWindows { place, ring }
+    pub fn new(place: &'a Place, rings: &'a Rings, index: usize) -> Self {
+        KeyWindows { place, rings, index }
     }
 
     /// Begins windows of a key that is first used in this tier now. Nobody else has the place.
     pub fn begin(self, tier: NameId, limit: Limit, now_ns: u64) {
         let place = self.place;
-        let shape = Shape::of_ring::<60>(limit, self.ring.len());
+        let shape = Shape::of_ring::<60>(limit, self.rings.len());
         let shape = u64::from(shape.window_ms) << 32 | u64::from(shape.most);
         place.shape.store(shape, Relaxed);
         place.first_tier.store(tier.0, Relaxed);
@@ -219,7 +220,7 @@ impl<'a> KeyWindows<'a> {
             most: shape as u32,
         };
         TierRef {
-            window: WindowRef::new(&self.place.words, shape, self.ring),
+            window: WindowRef::new(&self.place.words, shape, self.rings, self.index),
             undrained: &self.place.undrained,
         }
     }

@@ -1,4 +1,4 @@
-//! The sliding window: one key's permits in one tier, exact, lock-free, in 160 to 544 bytes.
+//! The sliding window: one key's permits in one tier, exact, lock-free, in 168 to 552 bytes.
 //!
 //! # What it promises
 //! For a limit of L permits in any window of length W, for any number of threads and any clock readings:
@@ -28,9 +28,9 @@
 //! | `until` | the first tick after prior's sub-bucket, where that is head's |
 //! | `leaves` | a hint: the tick from which the oldest sub-bucket with a permit in it no longer counts |
 //!
-//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 544 bytes for up to
-//! 2,147,483,647 permits, 304 for up to 32,767, 224 for up to 1,023, 160 for up to 63; in windows of an hour and longer,
-//! 304 for up to 524,287, 224 for up to 8,191, 160 for up to 255. All but the ring lies together, so
+//! Windows of small limits keep 2, 3 or 5 slots in one word (`limit.rs`): the whole is 552 bytes for up to
+//! 2,147,483,647 permits, 312 for up to 32,767, 232 for up to 1,023, 168 for up to 63; in windows of an hour and longer,
+//! 312 for up to 524,287, 232 for up to 8,191, 168 for up to 255. All but the ring lies together, so
 //! a permit touches one cache line while head stays in its sub-bucket, and one also where the window has rested for
 //! longer than it is long; any other advance, and a refusal, touch the ring.
 //!
@@ -78,6 +78,7 @@ mod counts;
 mod ring;
 
 pub use counts::WindowCounts;
+pub(super) use ring::Rings;
 
 use super::limit::{
     CLOSED, Grid, LANES, LAST_EPOCH, Limit, capacity, count_of, epoch_of, pack, seconds_until, ticks_at,
@@ -96,7 +97,7 @@ pub type Window = SlidingWindow<60>;
 pub struct SlidingWindow<const K: u64> {
     words: Words,
     shape: Shape,
-    ring: Box<[AtomicU64]>,
+    rings: Rings,
 }
 
 /// What changes with every permit.
@@ -119,12 +120,15 @@ pub(super) struct Shape {
     pub most: u32,
 }
 
-/// A window, wherever its words and its ring lie.
+/// A window, wherever its words and its ring lie. Where the ring does is not said beside the words and may be far off in
+/// memory, so it is looked up only when it is used.
 #[derive(Clone, Copy)]
 pub(super) struct WindowRef<'a, const K: u64> {
     words: &'a Words,
     shape: Shape,
-    ring: &'a [AtomicU64],
+    rings: &'a Rings,
+    /// That of the window's ring among them.
+    index: usize,
 }
 
 /// A permit, or several taken at once.
@@ -214,7 +218,7 @@ impl<const K: u64> SlidingWindow<K> {
 
     /// The memory that the window takes, in bytes: its own and its ring's.
     pub fn bytes(&self) -> usize {
-        size_of::<Self>() + size_of_val(&*self.ring)
+        size_of::<Self>() + size_of_val(self.by_ref().ring())
     }
 
     /// The words of the ring of a window of such a limit.
@@ -227,7 +231,8 @@ impl<const K: u64> SlidingWindow<K> {
         WindowRef {
             words: &self.words,
             shape: self.shape,
-            ring: &self.ring,
+            rings: &self.rings,
+            index: 0,
         }
     }
 
@@ -237,7 +242,7 @@ impl<const K: u64> SlidingWindow<K> {
         SlidingWindow {
             words: Words::at(Grid::<K>::new(window_ms), epoch),
             shape: Shape::new(window_ms, lanes),
-            ring: (0..ring_len::<K>(lanes)).map(|_| AtomicU64::new(0)).collect(),
+            rings: Rings::new(1, ring_len::<K>(lanes)),
         }
     }
 }
@@ -278,10 +283,15 @@ impl Shape {
 }
 
 impl<'a, const K: u64> WindowRef<'a, K> {
-    /// The window of these words and this ring, which are its own.
+    /// The window of these words and the ring with the index, which are its own.
     #[inline(always)]
-    pub fn new(words: &'a Words, shape: Shape, ring: &'a [AtomicU64]) -> Self {
-        WindowRef { words, shape, ring }
+    pub fn new(words: &'a Words, shape: Shape, rings: &'a Rings, index: usize) -> Self {
+        WindowRef {
+            words,
+            shape,
+            rings,
+            index,
+        }
     }
 
     /// Makes it one in which nothing was taken yet. Nobody else has it: whoever hands it over synchronises.
@@ -292,7 +302,7 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         copy(&self.words.prior, new.prior);
         copy(&self.words.until, new.until);
         copy(&self.words.leaves, new.leaves);
-        self.ring.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.ring().iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 
     /// What nearly all takes come to: nothing changes but head's count. `None`: nothing was taken, and
@@ -417,9 +427,13 @@ impl<'a, const K: u64> WindowRef<'a, K> {
         u64::from(self.shape.window_ms)
     }
 
+    fn ring(self) -> &'a [AtomicU64] {
+        self.rings.get(self.index)
+    }
+
     /// How many counts share a word of the ring.
     fn lanes(self) -> u64 {
-        lanes_of::<K>(self.ring.len())
+        lanes_of::<K>(self.rings.len())
     }
 
     /// Whether the window is of the limit's length, and its counts can grow as far as the limit.

@@ -182,7 +182,7 @@ impl<const K: u64> WindowRef<'_, K> {
 
     fn collect_all<const N: u64>(self, grid: Grid<K>, counts: &mut WindowCounts) {
         let lanes = Lanes::<N>::of(self.shape.window_ms);
-        for word in self.ring {
+        for word in self.ring() {
             let word = word.load(Ordering::Acquire);
             let group = lanes.group_of(word);
             for epoch in group * N..(group + 1) * N {

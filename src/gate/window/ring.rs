@@ -1,8 +1,35 @@
-//! The ring of closed sub-buckets, in which several may share a word.
+//! The ring of closed sub-buckets, in which several may share a word, and the memory of many such rings.
 
 use super::super::limit::Lanes;
-use super::super::sync::Ordering;
+use super::super::sync::{AtomicU64, Ordering};
 use super::WindowRef;
+
+/// Rings of one length, one after the other.
+pub(in super::super) struct Rings {
+    words: Box<[AtomicU64]>,
+    len: usize,
+}
+
+impl Rings {
+    /// So many rings of `len` words, in which nothing was counted.
+    pub fn new(rings: usize, len: usize) -> Self {
+        Rings {
+            words: (0..rings * len).map(|_| AtomicU64::new(0)).collect(),
+            len,
+        }
+    }
+
+    /// The words of each.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The ring with the index.
+    pub fn get(&self, index: usize) -> &[AtomicU64] {
+        let words = index * self.len..(index + 1) * self.len;
+        self.words.get(words).unwrap_or_default()
+    }
+}
 
 impl<const K: u64> WindowRef<'_, K> {
     /// The first epoch in `from..to` with a permit in its slot.
@@ -38,11 +65,12 @@ impl<const K: u64> WindowRef<'_, K> {
     #[inline]
     fn walk_lanes<const N: u64>(self, from: u64, to: u64, mut visit: impl FnMut(u64, u32) -> bool) {
         let lanes = Lanes::<N>::of(self.shape.window_ms);
+        let ring = self.ring();
         let mut epoch = from;
         let mut index = (from / N % (K / N + 1)) as usize;
         while epoch < to {
             let group = epoch / N;
-            let word = self.ring[index].load(Ordering::Acquire); // a release by `record` precedes it
+            let word = ring[index].load(Ordering::Acquire); // a release by `record` precedes it
             let end = to.min((group + 1) * N);
             if lanes.group_of(word) == group {
                 for slot in epoch..end {
@@ -53,7 +81,7 @@ impl<const K: u64> WindowRef<'_, K> {
                 }
             }
             epoch = end;
-            index = if index + 1 == self.ring.len() { 0 } else { index + 1 };
+            index = if index + 1 == ring.len() { 0 } else { index + 1 };
         }
     }
 
@@ -70,7 +98,7 @@ impl<const K: u64> WindowRef<'_, K> {
     }
 
     fn record_lane<const N: u64>(self, epoch: u64, count: u32) {
-        let slot = &self.ring[(epoch / N % (K / N + 1)) as usize];
+        let slot = &self.ring()[(epoch / N % (K / N + 1)) as usize];
         let lanes = Lanes::<N>::of(self.shape.window_ms);
         let mut word = slot.load(Ordering::Relaxed); // what it leads to is checked by the swap
         while let Some(raised) = lanes.record(word, epoch, count) {
