@@ -332,13 +332,20 @@ impl Gate {
         let Some(Found { id, slot: secret, hint }) = snapshot.find(&self.slots, digest) else {
             return unknown();
         };
-        let windows_of = |owner| hint.and_then(|hint| in_force.places.hinted(owner, hint.place()));
+        let windows_of = |owner| in_force.places.hinted(owner, hint.place());
         // Asked for while the slot is still on its way from the memory, as if it were the owner slot, which most are.
         let windows = windows_of(id);
         let terms_id = secret.terms();
         // A slot in use has an owner; were it not so, the key could not be vouched for. The second look at the digest is for
         // terms of another secret that came into this slot between the first and the terms.
-        let key = secret.owner(id).and_then(|owner| Some((owner, self.slots.get(owner)?)));
+        let owner_slot = |owner| {
+            if owner == id {
+                Some(secret)
+            } else {
+                self.slots.get(owner)
+            }
+        };
+        let key = secret.owner(id).and_then(|owner| Some((owner, owner_slot(owner)?)));
         let (Some((owner, slot)), true) = (key, secret.holds(digest)) else {
             return unknown();
         };
@@ -482,7 +489,7 @@ struct Key<'a> {
     /// The slot of that secret.
     secret: &'a Slot,
     /// What led to the windows, or did not.
-    hint: Option<&'a Hint>,
+    hint: &'a Hint,
     digest: &'a SecretDigest,
     /// Whether it came in `Authorization`.
     in_authorization: bool,

@@ -49,9 +49,7 @@ impl Gate {
         act: impl FnMut(KeyWindows<'_>) -> Result<R, GivenBack>,
     ) -> R {
         let done = self.on_windows(key.owner, tier, limit, now, act);
-        if let Some(hint) = key.hint {
-            hint.correct(self.slots.place(key.owner));
-        }
+        key.hint.correct(self.slots.place(key.owner));
         done
     }
 

@@ -41,18 +41,24 @@ const CHUNKS: usize = 2_048;
 /// All slots.
 #[derive(Debug)]
 pub(super) struct Slots {
-    chunks: Box<[OnceLock<Box<Chunk>>]>,
+    chunks: Box<[OnceLock<Chunk>]>,
     /// Of owner slots whose keys' ids are too long for them. No decision looks here: the terms have the id, too.
     long_ids: Mutex<HashMap<SlotId, Arc<str>>>,
     /// From each of a key's slots to the next, where there are several. Used by writers only.
     siblings: Mutex<HashMap<SlotId, SlotId, ahash::RandomState>>,
 }
 
+/// In the table of chunks itself, so that the way to a slot is one load shorter.
 #[derive(Debug)]
 struct Chunk {
     slots: Box<[Slot]>,
     /// The places of the keys' windows, of owner slots.
     places: Box<[AtomicU16]>,
+    marks: Box<Marks>,
+}
+
+#[derive(Debug)]
+struct Marks {
     permits: Bitmap,
     changed: Bitmap,
     live: Bitmap,
@@ -123,14 +129,14 @@ impl Slots {
         let Some(cell) = self.chunks.get(chunk_of(id)) else {
             return false;
         };
-        cell.get_or_init(|| {
-            Box::new(Chunk {
-                slots: (0..CHUNK).map(|_| Slot::empty()).collect(),
-                places: (0..CHUNK).map(|_| AtomicU16::new(NO_PLACE)).collect(),
+        cell.get_or_init(|| Chunk {
+            slots: (0..CHUNK).map(|_| Slot::empty()).collect(),
+            places: (0..CHUNK).map(|_| AtomicU16::new(NO_PLACE)).collect(),
+            marks: Box::new(Marks {
                 permits: Bitmap::empty(),
                 changed: Bitmap::empty(),
                 live: Bitmap::empty(),
-            })
+            }),
         });
         true
     }
@@ -210,7 +216,7 @@ impl Slots {
 
     #[inline]
     fn chunk(&self, id: SlotId) -> Option<&Chunk> {
-        self.chunks.get(chunk_of(id))?.get().map(|chunk| &**chunk)
+        self.chunks.get(chunk_of(id))?.get()
     }
 }
 
@@ -223,9 +229,9 @@ pub(super) fn chunk_of(id: SlotId) -> usize {
 impl Chunk {
     fn bitmap(&self, mark: Mark) -> &Bitmap {
         match mark {
-            Mark::Permits => &self.permits,
-            Mark::Windows => &self.changed,
-            Mark::Live => &self.live,
+            Mark::Permits => &self.marks.permits,
+            Mark::Windows => &self.marks.changed,
+            Mark::Live => &self.marks.live,
         }
     }
 }
