@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Method};
 use tollgate::clock::Clock;
-use tollgate::gate::{
-    AccessSettings, FailedAttemptsSettings, Gate, Pattern, RequestHead, RouteSettings, Settings, key, limit,
-};
+use tollgate::gate::{Gate, RequestHead};
 use tollgate::proxy::edge::EdgeSettings;
 use tollgate::proxy::strict::{PathRules, check_target, without_parameters};
 
 use crate::harness::{Door, Reader};
+use crate::ways::{BOTH_WAYS, Way, public_gate};
 
 /// How many targets are generated; few of them pass.
 const TARGETS: usize = 100_000;
@@ -73,30 +72,7 @@ fn as_servlet(target: &str) -> Option<&'static str> {
 }
 
 fn gate() -> Gate {
-    let rule = |(name, path): &(&str, &str)| RouteSettings {
-        name: (*name).to_owned(),
-        pattern: Pattern {
-            path: (*path).to_owned(),
-            ..Pattern::default()
-        },
-        access: AccessSettings::Public { limit: None },
-        upstream: "up".into(),
-        sandbox_upstream: None,
-        upgrade: false,
-    };
-    let mut routes: Vec<RouteSettings> = RULES.iter().map(rule).collect();
-    routes.push(rule(&("default", "/**")));
-    Gate::new(Settings {
-        environments: vec![],
-        checksum: key::Checksum::Required,
-        foreign: key::Foreign::Refuse,
-        tiers: vec![("default".into(), limit::Limit::new(100, 3_600_000).unwrap())],
-        plans: vec![],
-        routes,
-        default_upstream: "up".into(),
-        failed_attempts: FailedAttemptsSettings::default(),
-    })
-    .unwrap()
+    public_gate(&[RULES, &[("default", "/**")]].concat())
 }
 
 fn rule_of_gate(gate: &Gate, target: &str) -> String {
@@ -377,8 +353,8 @@ async fn every_server_behind_the_edge_sees_the_rule_that_was_chosen() {
         }
     }
     let mut disagreements = Vec::new();
-    for server in &servers {
-        let door = Door::open(EdgeSettings::default(), None).await;
+    for (server, way) in servers.iter().flat_map(|server| BOTH_WAYS.map(|way| (server, way))) {
+        let door = Door::open(way, EdgeSettings::default(), None).await;
         door.forward_to(server.port);
         let mut client = Reader::new(door.connect().await);
         let mut answered = 0;
@@ -404,17 +380,21 @@ async fn every_server_behind_the_edge_sees_the_rule_that_was_chosen() {
             for seen in seen.filter(|seen| *seen != chosen) {
                 let body = response.body.escape_ascii();
                 disagreements.push(format!(
-                    "{}: {target} was let through as {chosen}, seen as {seen}: {body}",
+                    "{}, {way}: {target} was let through as {chosen}, seen as {seen}: {body}",
                     server.name
                 ));
             }
         }
         println!(
-            "{}: {answered} of {} forwarded targets answered",
+            "{}, {way}: {answered} of {} forwarded targets answered",
             server.name,
             passing.len()
         );
-        assert!(answered * 10 > passing.len() * 9, "{} answers too few", server.name);
+        assert!(
+            answered * 10 > passing.len() * 9,
+            "{} answers too few {way}",
+            server.name
+        );
     }
     println!(
         "{TARGETS} generated: {} distinct ones forwarded ({} with parameters), {} refused, {unsure} fall under another rule \
@@ -431,7 +411,7 @@ async fn every_server_behind_the_edge_sees_the_rule_that_was_chosen() {
     );
     assert!(passing.len() > 1000 && refused.len() > 1000 && unsure > 10);
     // What the check refuses is refused over a socket, too.
-    let door = Door::open(EdgeSettings::default(), None).await;
+    let door = Door::open(Way::Direct, EdgeSettings::default(), None).await;
     let upstream = door.upstream().await;
     for target in refused.iter().step_by(refused.len() / 500) {
         let mut client = Reader::new(door.connect().await);

@@ -1,142 +1,22 @@
-//! An edge around a small Pingora proxy, a recording upstream, and a raw client.
+//! An edge in front of either way, a recording upstream, and a raw client.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use pingora::apps::ServerApp;
-use pingora::http::{RequestHeader, ResponseHeader};
-use pingora::prelude::HttpPeer;
 use pingora::protocols::l4::stream::Stream as L4Stream;
 use pingora::protocols::{GetSocketDigest, SocketDigest};
-use pingora::proxy::{FailToProxy, HttpProxy, ProxyHttp, Session, http_proxy};
-use pingora::server::configuration::ServerConf;
+use pingora::proxy::ProxyHttp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tollgate::proxy::client_address::{TrustedProxies, forwarded_fields};
-use tollgate::proxy::edge::{
-    Edge, EdgeObserver, EdgeRefusal, EdgeSettings, end_body_once, filter_upgrade, guard_refusal, remove_claims,
-};
-use tollgate::proxy::guard::ConnectionInfo;
-use tollgate::proxy::slots::Capped;
+use tollgate::proxy::edge::{Activity, Edge, EdgeObserver, EdgeRefusal, EdgeSettings};
+use tollgate::proxy::slots::{Capped, Slots};
 use tollgate::tls::ListenerTls;
 
-/// What a real `ProxyHttp` behind an edge has to do, and nothing else.
-pub struct Forwarder {
-    trusted: TrustedProxies,
-    upstream: Arc<AtomicU16>,
-    /// Upgraded connections are kept while this is 0.
-    pub revoked: Arc<AtomicUsize>,
-}
-
-impl Forwarder {
-    /// Forwards to this port of 127.0.0.1.
-    pub fn new(settings: &EdgeSettings, upstream: u16) -> Self {
-        Forwarder {
-            trusted: TrustedProxies::new(settings.trusted_proxies.clone()),
-            upstream: Arc::new(AtomicU16::new(upstream)),
-            revoked: Arc::new(AtomicUsize::new(0)),
-        }
-    }
-}
-
-async fn answer(session: &mut Session, refusal: &EdgeRefusal) -> u16 {
-    let mut head = ResponseHeader::build(refusal.status, Some(3)).unwrap();
-    let body = format!(
-        r#"{{"success":false,"error":{{"code":"{}","message":"{}"}}}}"#,
-        refusal.code, refusal.why
-    );
-    head.insert_header("content-type", "application/json").unwrap();
-    head.insert_header("content-length", body.len()).unwrap();
-    let _ = session.write_response_header(Box::new(head), false).await;
-    let _ = session.write_response_body(Some(Bytes::from(body)), true).await;
-    refusal.status
-}
-
-#[async_trait]
-impl ProxyHttp for Forwarder {
-    type CTX = ();
-
-    fn new_ctx(&self) {}
-
-    async fn request_filter(&self, session: &mut Session, _: &mut ()) -> pingora::Result<bool> {
-        let peer = session
-            .client_addr()
-            .and_then(|addr| addr.as_inet())
-            .expect("a TCP peer")
-            .ip();
-        let is_tls = ConnectionInfo::of(session.digest())
-            .expect("the edge attaches it")
-            .is_tls;
-        let (_, chain, proto) = forwarded_fields(peer, is_tls, &session.req_header().headers, &self.trusted);
-        let may_upgrade = session.req_header().uri.path().starts_with("/ws");
-        let request = session.req_header_mut();
-        let wants_forwarding = request.headers.contains_key("x-show-client");
-        filter_upgrade(request, may_upgrade);
-        remove_claims(request);
-        if wants_forwarding {
-            request.insert_header("x-forwarded-for", chain)?;
-            request.insert_header("x-forwarded-proto", proto)?;
-        }
-        if may_upgrade {
-            let revoked = self.revoked.clone();
-            ConnectionInfo::of(session.digest())
-                .expect("the edge attaches it")
-                .keep_while(move || revoked.load(Ordering::Relaxed) == 0);
-        }
-        Ok(false)
-    }
-
-    async fn request_body_filter(
-        &self,
-        _: &mut Session,
-        body: &mut Option<Bytes>,
-        end_of_stream: bool,
-        _: &mut (),
-    ) -> pingora::Result<()> {
-        end_body_once(body, end_of_stream);
-        Ok(())
-    }
-
-    async fn upstream_peer(&self, _: &mut Session, _: &mut ()) -> pingora::Result<Box<HttpPeer>> {
-        let port = self.upstream.load(Ordering::SeqCst);
-        Ok(Box::new(HttpPeer::new(("127.0.0.1", port), false, String::new())))
-    }
-
-    async fn fail_to_proxy(&self, session: &mut Session, error: &pingora::Error, _: &mut ()) -> FailToProxy {
-        let code = match guard_refusal(error) {
-            Some(refusal) if session.response_written().is_none() => answer(session, &refusal).await,
-            Some(_) => 0,
-            None if *error.esource() == pingora::ErrorSource::Upstream => {
-                let _ = session.respond_error(502).await;
-                502
-            }
-            None => 0,
-        };
-        FailToProxy {
-            error_code: code,
-            can_reuse_downstream: false,
-        }
-    }
-
-    async fn logging(&self, _: &mut Session, _: Option<&pingora::Error>, _: &mut ()) {}
-
-    fn suppress_error_log(&self, _: &Session, _: &(), _: &pingora::Error) -> bool {
-        true
-    }
-
-    fn request_summary(&self, _: &Session, _: &()) -> String {
-        String::new()
-    }
-
-    async fn upstream_request_filter(&self, _: &mut Session, _: &mut RequestHeader, _: &mut ()) -> pingora::Result<()> {
-        Ok(())
-    }
-}
+use crate::ways::{Direct, Forwarder, Way};
 
 #[derive(Default)]
 pub struct Observed {
@@ -173,10 +53,12 @@ impl EdgeObserver for Observed {
 pub struct Door {
     pub address: SocketAddr,
     pub observed: Arc<Observed>,
-    pub edge: Arc<Edge<Forwarder>>,
+    pub activity: Arc<Activity>,
+    pub slots: Arc<Slots>,
     pub shutdown: watch::Sender<bool>,
+    /// Connections that the [`Forwarder`] upgraded are kept while this is 0.
     pub revoked: Arc<AtomicUsize>,
-    upstream: Arc<AtomicU16>,
+    forward_to: Box<dyn Fn(u16) + Send + Sync>,
     accepting: tokio::task::JoinHandle<()>,
 }
 
@@ -187,26 +69,46 @@ impl Drop for Door {
 }
 
 impl Door {
-    pub async fn open(settings: EdgeSettings, tls: Option<Arc<ListenerTls>>) -> Self {
-        let forwarder = Forwarder::new(&settings, 1);
-        let (upstream, revoked) = (forwarder.upstream.clone(), forwarder.revoked.clone());
-        let conf = Arc::new(ServerConf {
-            threads: 1,
-            ..ServerConf::default()
-        });
-        let proxy: HttpProxy<Forwarder> = http_proxy(&conf, forwarder);
+    pub async fn open(way: Way, settings: EdgeSettings, tls: Option<Arc<ListenerTls>>) -> Self {
         let observed = Arc::new(Observed::default());
-        let edge = Arc::new(Edge::new(settings, Arc::new(proxy), tls, observed.clone()));
+        match way {
+            Way::Pingora => {
+                let forwarder = Forwarder::new(&settings, 1);
+                let (upstream, revoked) = (forwarder.upstream.clone(), forwarder.revoked.clone());
+                let edge = forwarder.edge(settings, tls, observed.clone());
+                let forward_to = move |port| upstream.store(port, Ordering::SeqCst);
+                Self::before(edge, observed, revoked, Box::new(forward_to)).await
+            }
+            Way::Direct => {
+                let direct = Direct::new(&settings, 1);
+                let edge = direct.edge(settings, tls, observed.clone());
+                let forward_to = move |port| direct.forward_to(port);
+                Self::before(edge, observed, Arc::default(), Box::new(forward_to)).await
+            }
+        }
+    }
+
+    async fn before<P>(
+        edge: Edge<P>,
+        observed: Arc<Observed>,
+        revoked: Arc<AtomicUsize>,
+        forward_to: Box<dyn Fn(u16) + Send + Sync>,
+    ) -> Self
+    where
+        P: ProxyHttp + Send + Sync + 'static,
+        P::CTX: Send + Sync,
+    {
+        let edge = Arc::new(edge);
+        let (activity, slots) = (edge.activity().clone(), edge.slots().clone());
         let (shutdown, watch) = watch::channel(false);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let accepted_by = edge.clone();
         let accepting = tokio::spawn(async move {
             loop {
                 let Ok((stream, peer)) = listener.accept().await else {
                     continue;
                 };
-                let edge = accepted_by.clone();
+                let edge = edge.clone();
                 let watch = watch.clone();
                 tokio::spawn(async move {
                     use std::os::fd::AsRawFd;
@@ -222,10 +124,11 @@ impl Door {
         Door {
             address,
             observed,
-            edge,
+            activity,
+            slots,
             shutdown,
             revoked,
-            upstream,
+            forward_to,
             accepting,
         }
     }
@@ -233,13 +136,13 @@ impl Door {
     /// A fresh upstream, to which requests go from now on.
     pub async fn upstream(&self) -> Upstream {
         let upstream = Upstream::start().await;
-        self.upstream.store(upstream.port, Ordering::SeqCst);
+        self.forward_to(upstream.port);
         upstream
     }
 
     /// Requests go to this port from now on.
     pub fn forward_to(&self, port: u16) {
-        self.upstream.store(port, Ordering::SeqCst);
+        (self.forward_to)(port);
     }
 
     pub async fn connect(&self) -> TcpStream {

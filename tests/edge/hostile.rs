@@ -1,8 +1,9 @@
 //! What hostility costs: an edge in a process of its own, under Pingora's own listener, with nginx behind it.
 //!
-//! `TOLLGATE_RESULTS=1` writes the tables to `benches/results/hostile_cpu.md` and `hostile_memory.md`.
+//! `TOLLGATE_RESULTS=1` writes the tables to `benches/results/hostile_cpu.md` and `hostile_memory.md`, and those of the
+//! direct way to files of these names that end in `_directly`.
 //! `serve` is not a test but the server, run by the tests here from this same binary; by hand:
-//! `EDGE_UPSTREAM=PORT cargo test --test edge hostile::serve -- --ignored --exact --nocapture`.
+//! `EDGE_UPSTREAM=PORT [EDGE_WAY=direct] cargo test --test edge hostile::serve -- --ignored --exact --nocapture`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -12,8 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pingora::listeners::{L4BufferSettings, ListenerConfig};
-use pingora::proxy::http_proxy;
-use pingora::server::configuration::ServerConf;
+use pingora::proxy::ProxyHttp;
 use pingora::services::Service as _;
 use pingora::services::listening::Service;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,7 +22,15 @@ use tollgate::proxy::edge::{Edge, EdgeSettings};
 
 use crate::differential::nginx;
 use crate::h2raw::{self, END_HEADERS, END_STREAM, H2, HEADERS, RST_STREAM, block, frame};
-use crate::harness::{Forwarder, Observed, Reader};
+use crate::harness::{Observed, Reader};
+use crate::ways::{Direct, Forwarder, Way, over_both_ways};
+
+over_both_ways!(
+    out_of_descriptors_it_neither_spins_nor_stays_shut,
+    hostile_requests_cost_at_most_ten_honest_ones,
+    connections_at_their_worst_take_little_memory,
+    a_crowd_of_slow_clients_harms_nobody
+);
 
 const GET: &[u8] = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n";
 
@@ -44,40 +52,50 @@ fn serve() {
         ..defaults
     };
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let upstream = number("EDGE_UPSTREAM").expect("EDGE_UPSTREAM is a port") as u16;
+    let observer = Arc::new(Observed::default());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .unwrap();
-    runtime.block_on(async move {
-        let forwarder = Forwarder::new(
-            &settings,
-            number("EDGE_UPSTREAM").expect("EDGE_UPSTREAM is a port") as u16,
-        );
-        let conf = Arc::new(ServerConf {
-            threads: 2,
-            ..ServerConf::default()
-        });
-        let proxy = Arc::new(http_proxy(&conf, forwarder));
-        let edge = Edge::new(settings, proxy, None, Arc::new(Observed::default()));
-        let mut service = Service::new("edge".to_owned(), edge);
-        let address = format!("127.0.0.1:{port}");
-        // The edge reads into a buffer of its own; another one of 64 KiB before it would only cost memory and a copy.
-        service.add_listener(ListenerConfig::tcp(&address).l4_buffer(L4BufferSettings::default().read(0)));
-        let (_shutdown, watch) = tokio::sync::watch::channel(false);
-        tokio::spawn(async move { service.start_service(None, watch, 1).await });
-        while TcpStream::connect(&address).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
+    match std::env::var(EDGE_WAY).as_deref() {
+        Ok("direct") => {
+            let edge = Direct::new(&settings, upstream).edge(settings, None, observer);
+            runtime.block_on(serve_until_told(edge, port));
         }
-        println!("address {address}");
-        std::io::stdout().flush().unwrap();
-        // Until the test that started us closes our standard input.
-        tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()))
-            .await
-            .unwrap()
-            .unwrap();
-    });
+        _ => {
+            let edge = Forwarder::new(&settings, upstream).edge(settings, None, observer);
+            runtime.block_on(serve_until_told(edge, port));
+        }
+    }
     std::process::exit(0);
+}
+
+/// The variable that says which way the server lets plain requests go.
+const EDGE_WAY: &str = "EDGE_WAY";
+
+async fn serve_until_told<P>(edge: Edge<P>, port: u16)
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    let mut service = Service::new("edge".to_owned(), edge);
+    let address = format!("127.0.0.1:{port}");
+    // The edge reads into a buffer of its own; another one of 64 KiB before it would only cost memory and a copy.
+    service.add_listener(ListenerConfig::tcp(&address).l4_buffer(L4BufferSettings::default().read(0)));
+    let (_shutdown, watch) = tokio::sync::watch::channel(false);
+    tokio::spawn(async move { service.start_service(None, watch, 1).await });
+    while TcpStream::connect(&address).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    println!("address {address}");
+    std::io::stdout().flush().unwrap();
+    // Until the test that started us closes our standard input.
+    tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()))
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 /// The server in its own process.
@@ -95,7 +113,7 @@ impl Drop for Served {
 
 impl Served {
     /// `limit` is for `ulimit -n`.
-    pub fn start(upstream: u16, limit: Option<u32>, settings: &[(&str, &str)]) -> Self {
+    pub fn start(way: Way, upstream: u16, limit: Option<u32>, settings: &[(&str, &str)]) -> Self {
         let executable = std::env::current_exe().unwrap();
         let limit = limit.map_or(String::new(), |limit| format!("ulimit -n {limit}; "));
         let mut child = Command::new("sh")
@@ -105,6 +123,7 @@ impl Served {
                 executable.display()
             ))
             .env("EDGE_UPSTREAM", upstream.to_string())
+            .env(EDGE_WAY, if way == Way::Direct { "direct" } else { "pingora" })
             .envs(settings.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -162,11 +181,10 @@ impl Served {
 }
 
 /// Without descriptors left, accepting rests instead of spinning, and goes on when some come back.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn out_of_descriptors_it_neither_spins_nor_stays_shut() {
+async fn out_of_descriptors_it_neither_spins_nor_stays_shut(way: Way) {
     let directory = tempfile::tempdir().unwrap();
     let nginx = nginx(directory.path());
-    let served = Served::start(nginx.port(), Some(64), &[]);
+    let served = Served::start(way, nginx.port(), Some(64), &[]);
     assert!(served.is_well().await);
     let mut held = Vec::new();
     for _ in 0..200 {
@@ -184,8 +202,8 @@ async fn out_of_descriptors_it_neither_spins_nor_stays_shut() {
 }
 
 /// Keeps a table where it was asked for.
-fn record(name: &str, title: &str, how: &str, table: &str) {
-    println!("{table}");
+fn record(way: Way, name: &str, title: &str, how: &str, table: &str) {
+    println!("{title}, {way}:\n{table}");
     if std::env::var_os("TOLLGATE_RESULTS").is_none() {
         return;
     }
@@ -194,7 +212,11 @@ fn record(name: &str, title: &str, how: &str, table: &str) {
          {how}\n\n{table}"
     );
     let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
-    std::fs::write(results.join(name), text).unwrap();
+    let suffix = match way {
+        Way::Pingora => "",
+        Way::Direct => "_directly",
+    };
+    std::fs::write(results.join(format!("{name}{suffix}.md")), text).unwrap();
 }
 
 /// One hostile request of a class, from connecting to the end.
@@ -220,8 +242,11 @@ async fn h2_end(mut h2: H2<TcpStream>) {
     while h2.next_frame().await.is_some() {}
 }
 
+const HONEST: &str = "honest GET";
+const RAPID_RESET: &str = "HTTP/2 rapid reset";
+
 const CLASSES: &[(&str, Attack)] = &[
-    ("honest GET", |served| Box::pin(honest(served, GET))),
+    (HONEST, |served| Box::pin(honest(served, GET))),
     ("no Host", |served| Box::pin(raw(served, b"GET / HTTP/1.1\r\n\r\n"))),
     ("length and encoding", |served| {
         Box::pin(raw(
@@ -353,12 +378,11 @@ async fn rapid_reset(served: &Served, requests: u32) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_requests_cost_at_most_ten_honest_ones() {
+async fn hostile_requests_cost_at_most_ten_honest_ones(way: Way) {
     const REQUESTS: u32 = 300;
     let directory = tempfile::tempdir().unwrap();
     let nginx = nginx(directory.path());
-    let served = Served::start(nginx.port(), None, &[]);
+    let served = Served::start(way, nginx.port(), None, &[]);
     for _ in 0..100 {
         honest(&served, GET).await;
     }
@@ -366,22 +390,31 @@ async fn hostile_requests_cost_at_most_ten_honest_ones() {
     let mut honest_us = 0.0;
     let mut too_dear = Vec::new();
     let mut rows: Vec<(&str, Duration, u32)> = Vec::new();
-    for (name, attack) in CLASSES {
+    // What never goes directly is compared with an honest one that does not either.
+    let is_compared = |name: &str| way == Way::Pingora || !(name.starts_with("HTTP/2") || name.contains("chunk"));
+    for (name, attack) in CLASSES.iter().filter(|(name, _)| is_compared(name)) {
+        // The kernel counts in steps of 10 ms: what all others are divided by has to be many of them.
+        let requests = match *name {
+            HONEST => 10 * REQUESTS,
+            _ => REQUESTS,
+        };
         let before = served.cpu();
-        for _ in 0..REQUESTS / 10 {
+        for _ in 0..requests / 10 {
             let batch: Vec<_> = (0..10).map(|_| attack(&served)).collect();
             futures_util::future::join_all(batch).await;
         }
-        rows.push((name, served.cpu() - before, REQUESTS));
+        rows.push((name, served.cpu() - before, requests));
     }
-    let before = served.cpu();
-    for _ in 0..3 {
-        rapid_reset(&served, 300).await;
+    if is_compared(RAPID_RESET) {
+        let before = served.cpu();
+        for _ in 0..3 {
+            rapid_reset(&served, 300).await;
+        }
+        rows.push((RAPID_RESET, served.cpu() - before, 900));
     }
-    rows.push(("HTTP/2 rapid reset", served.cpu() - before, 900));
     for (name, cpu, requests) in rows {
         let us = cpu.as_secs_f64() * 1e6 / f64::from(requests);
-        if name == "honest GET" {
+        if name == HONEST {
             honest_us = us;
         }
         let ratio = us / honest_us;
@@ -392,7 +425,8 @@ async fn hostile_requests_cost_at_most_ten_honest_ones() {
         }
     }
     record(
-        "hostile_cpu.md",
+        way,
+        "hostile_cpu",
         "What a hostile request costs beside an honest one",
         "An edge in a process of its own, nginx behind it; each request on a connection of its own, so \"honest GET\" \
          includes connecting and closing. Resets are counted one by one, a thousand pings as one request.",
@@ -402,8 +436,7 @@ async fn hostile_requests_cost_at_most_ten_honest_ones() {
     assert!(served.is_well().await);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_at_their_worst_take_little_memory() {
+async fn connections_at_their_worst_take_little_memory(way: Way) {
     const CONNECTIONS: u64 = 400;
     let directory = tempfile::tempdir().unwrap();
     let nginx = nginx(directory.path());
@@ -415,16 +448,22 @@ async fn connections_at_their_worst_take_little_memory() {
         "y".repeat(60_000)
     )
     .into_bytes();
+    let half_short_body = format!(
+        "POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 16384\r\n\r\n{}",
+        "y".repeat(16_000)
+    )
+    .into_bytes();
     let pipelined = GET.repeat(1000);
-    let kinds: [(&str, &[u8]); 5] = [
+    let kinds: [(&str, &[u8]); 6] = [
         ("idle after an honest request", GET),
         ("a head of 32 KiB without end", &half_head),
         ("a body without end", &half_body),
+        ("a body of 16 KiB without end", &half_short_body),
         ("1,000 requests pipelined, not read", &pipelined),
         ("silent", b""),
     ];
     for (name, bytes) in kinds {
-        let served = Served::start(nginx.port(), None, &[]);
+        let served = Served::start(way, nginx.port(), None, &[]);
         assert!(served.is_well().await);
         let before = served.resident_kib();
         let mut held = Vec::new();
@@ -439,7 +478,8 @@ async fn connections_at_their_worst_take_little_memory() {
         cost.push(each);
     }
     record(
-        "hostile_memory.md",
+        way,
+        "hostile_memory",
         "What a hostile connection holds beside an honest one",
         "Resident memory of an edge in a process of its own, divided by 400 connections that were all brought to the same \
          point.",
@@ -451,8 +491,7 @@ async fn connections_at_their_worst_take_little_memory() {
 
 /// Ten thousand slow clients, as many as descriptors allow: every one is gone after its deadline, no descriptor is left,
 /// and requests beside them are answered. How fast is measured by `benches/hostile`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_crowd_of_slow_clients_harms_nobody() {
+async fn a_crowd_of_slow_clients_harms_nobody(way: Way) {
     let directory = tempfile::tempdir().unwrap();
     let nginx = nginx(directory.path());
     let settings = [
@@ -460,7 +499,7 @@ async fn a_crowd_of_slow_clients_harms_nobody() {
         ("EDGE_BODY_MS", "4000"),
         ("EDGE_RESPONSE_MS", "4000"),
     ];
-    let served = Arc::new(Served::start(nginx.port(), None, &settings));
+    let served = Arc::new(Served::start(way, nginx.port(), None, &settings));
     let quiet = percentile(&served, Duration::from_secs(2)).await;
     let before = served.descriptors();
     // The test's own process needs a descriptor for each, too; bodies another one in the server.
@@ -478,7 +517,8 @@ async fn a_crowd_of_slow_clients_harms_nobody() {
                 let mut client = served.connect().await;
                 let start: &[u8] = match i % 10 {
                     0..=7 => b"GET /a HTTP/1.1\r\nHo",
-                    _ => b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\nx",
+                    8 => b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\nx",
+                    _ => b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 10000\r\n\r\nx",
                 };
                 client.write_all(start).await.unwrap();
                 held.push(client);
@@ -502,7 +542,7 @@ async fn a_crowd_of_slow_clients_harms_nobody() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     println!(
-        "{crowd} slow connections in {connected:?}, all gone {:?} after the first came; p99 {quiet:?} quiet, {busy:?} beside them",
+        "{crowd} slow connections {way} in {connected:?}, all gone {:?} after the first came; p99 {quiet:?} quiet, {busy:?} beside them",
         started.elapsed()
     );
     drop(held);

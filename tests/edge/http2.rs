@@ -6,6 +6,7 @@ use tollgate::proxy::edge::EdgeSettings;
 
 use crate::h2raw::*;
 use crate::harness::{Door, Reader};
+use crate::ways::Way;
 
 fn settings() -> EdgeSettings {
     EdgeSettings {
@@ -15,7 +16,7 @@ fn settings() -> EdgeSettings {
 }
 
 async fn door(settings: EdgeSettings) -> (Door, crate::harness::Upstream) {
-    let door = Door::open(settings, None).await;
+    let door = Door::open(Way::Pingora, settings, None).await;
     let upstream = door.upstream().await;
     (door, upstream)
 }

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use crate::harness::Upstream;
 use crate::hostile::Served;
+use crate::ways::Way;
 
 /// What does not pass, and why it stays so.
 const KNOWN: &[(&str, &str)] = &[
@@ -33,7 +34,7 @@ async fn only_the_known_ones_fail() {
     // Flow control is tested with the response's body, which must have a few bytes. And with requests that never end:
     // what answers those early has its stream's sending side closed, on which RFC 9113 asks for nothing any more.
     let upstream = Upstream::saying("a body of a few dozen bytes, all the same").await;
-    let served = Served::start(upstream.port, None, &[]);
+    let served = Served::start(Way::Pingora, upstream.port, None, &[]);
     let httpwg = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/httpwg");
     let (passed, unknown, text) = run(&httpwg, &served);
     println!("{passed} of 107 passed");

@@ -9,3 +9,4 @@ mod http2;
 mod httpwg;
 mod slow;
 mod table;
+mod ways;

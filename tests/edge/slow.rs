@@ -17,6 +17,19 @@ use tollgate::tls::{CertificateFiles, ListenerTls, TlsSettings};
 
 use crate::h2raw::{GET as H2_GET, H2, Outcome};
 use crate::harness::{Door, PATIENCE, Reader};
+use crate::ways::{Way, over_both_ways};
+
+over_both_ways!(
+    a_dripping_head_has_one_deadline,
+    silence_is_closed_without_a_word,
+    a_dripping_body_runs_out_of_credit,
+    a_steady_body_is_not_slow,
+    a_client_that_does_not_read_is_dropped,
+    connections_are_capped_and_places_come_back,
+    the_proxy_protocol_names_the_client,
+    tls_chooses_by_name_and_protocol_and_reloads,
+    deadlines_hold_on_tls_too
+);
 
 const GET: &[u8] = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n";
 
@@ -54,9 +67,8 @@ fn is_about(took: Duration, deadline_ms: u64) -> bool {
     (deadline_ms - 50..deadline_ms + 500).contains(&(took.as_millis() as u64))
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dripping_head_has_one_deadline() {
-    let door = Door::open(quick(), None).await;
+async fn a_dripping_head_has_one_deadline(way: Way) {
+    let door = Door::open(way, quick(), None).await;
     let _upstream = door.upstream().await;
     let mut client = Reader::new(door.connect().await);
     let (took, status) = drip(&mut client, b"GET /aaaaaaaaaaaaaaaaaaaaaaaaaa").await;
@@ -70,9 +82,8 @@ async fn a_dripping_head_has_one_deadline() {
     assert_eq!(door.observed.refused.load(Ordering::SeqCst), 2);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silence_is_closed_without_a_word() {
-    let door = Door::open(quick(), None).await;
+async fn silence_is_closed_without_a_word(way: Way) {
+    let door = Door::open(way, quick(), None).await;
     let _upstream = door.upstream().await;
     let mut fresh = Reader::new(door.connect().await);
     let mut used = Reader::new(door.connect().await);
@@ -84,11 +95,15 @@ async fn silence_is_closed_without_a_word() {
     assert!(is_about(started.elapsed(), 400), "{:?}", started.elapsed());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dripping_body_runs_out_of_credit() {
-    let door = Door::open(quick(), None).await;
+async fn a_dripping_body_runs_out_of_credit(way: Way) {
+    let door = Door::open(way, quick(), None).await;
     let _upstream = door.upstream().await;
-    for head in ["Content-Length: 100000", "Transfer-Encoding: chunked"] {
+    // The second one is short enough to go directly.
+    for head in [
+        "Content-Length: 100000",
+        "Content-Length: 10000",
+        "Transfer-Encoding: chunked",
+    ] {
         let mut client = Reader::new(door.connect().await);
         client
             .send(format!("POST /a HTTP/1.1\r\nHost: a\r\n{head}\r\n\r\n").as_bytes())
@@ -104,9 +119,8 @@ async fn a_dripping_body_runs_out_of_credit() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_steady_body_is_not_slow() {
-    let door = Door::open(quick(), None).await;
+async fn a_steady_body_is_not_slow(way: Way) {
+    let door = Door::open(way, quick(), None).await;
     let upstream = door.upstream().await;
     let mut client = Reader::new(door.connect().await);
     client
@@ -121,18 +135,17 @@ async fn a_steady_body_is_not_slow() {
     assert_eq!(upstream.seen().len(), 1);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_does_not_read_is_dropped() {
-    let door = Door::open(quick(), None).await;
+async fn a_client_that_does_not_read_is_dropped(way: Way) {
+    let door = Door::open(way, quick(), None).await;
     let _upstream = door.upstream().await;
     let mut client = Reader::new(door.connect().await);
     client.send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").await;
     let started = Instant::now();
-    while door.edge.activity().requests() == 0 {
+    while door.activity.requests() == 0 {
         assert!(started.elapsed() < Duration::from_secs(4), "never came");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    while door.edge.slots().open() > 0 {
+    while door.slots.open() > 0 {
         assert!(started.elapsed() < Duration::from_secs(4), "still there");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -143,14 +156,13 @@ async fn a_client_that_does_not_read_is_dropped() {
     );
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_are_capped_and_places_come_back() {
+async fn connections_are_capped_and_places_come_back(way: Way) {
     let settings = EdgeSettings {
         connections: 8,
         connections_per_address: 5,
         ..EdgeSettings::default()
     };
-    let door = Door::open(settings, None).await;
+    let door = Door::open(way, settings, None).await;
     let _upstream = door.upstream().await;
     let mut clients = Vec::new();
     for _ in 0..5 {
@@ -164,12 +176,12 @@ async fn connections_are_capped_and_places_come_back() {
     assert_eq!(*door.observed.capped.lock().unwrap(), [Capped::Address]);
     drop(clients);
     for _ in 0..200 {
-        if door.edge.slots().open() == 0 {
+        if door.slots.open() == 0 {
             break;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!((door.edge.slots().open(), door.edge.slots().addresses()), (0, 0));
+    assert_eq!((door.slots.open(), door.slots.addresses()), (0, 0));
     let mut again = Reader::new(door.connect().await);
     again.send(GET).await;
     assert_eq!(again.response().await.unwrap().status, 200);
@@ -187,14 +199,13 @@ fn proxy_header(client: SocketAddr) -> Vec<u8> {
     bytes
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_proxy_protocol_names_the_client() {
+async fn the_proxy_protocol_names_the_client(way: Way) {
     let settings = EdgeSettings {
         proxy_protocol: true,
         trusted_proxies: vec!["127.0.0.0/8".parse().unwrap()],
         ..quick()
     };
-    let door = Door::open(settings, None).await;
+    let door = Door::open(way, settings, None).await;
     let upstream = door.upstream().await;
     let mut client = Reader::new(door.connect().await);
     client.send(&proxy_header("192.0.2.9:4711".parse().unwrap())).await;
@@ -219,6 +230,7 @@ async fn the_proxy_protocol_names_the_client() {
     }
     assert_eq!(door.observed.handshakes_failed.lock().unwrap().len(), 3);
     let stranger = Door::open(
+        way,
         EdgeSettings {
             proxy_protocol: true,
             ..quick()
@@ -265,8 +277,7 @@ async fn tls(door: &Door, trusted: &[&CertificateDer<'static>], name: &str, alpn
         .unwrap()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tls_chooses_by_name_and_protocol_and_reloads() {
+async fn tls_chooses_by_name_and_protocol_and_reloads(way: Way) {
     let directory = tempfile::tempdir().unwrap();
     let (one, one_der) = certificate(directory.path(), "one", &["one.example"]);
     let (two, two_der) = certificate(directory.path(), "two", &["two.example", "*.two.example"]);
@@ -277,7 +288,7 @@ async fn tls_chooses_by_name_and_protocol_and_reloads() {
         client_authorities: None,
     };
     let edge_tls = Arc::new(ListenerTls::load(settings).unwrap());
-    let door = Door::open(EdgeSettings::default(), Some(edge_tls.clone())).await;
+    let door = Door::open(way, EdgeSettings::default(), Some(edge_tls.clone())).await;
     let upstream = door.upstream().await;
     for (der, name) in [
         (&one_der, "one.example"),
@@ -314,8 +325,7 @@ async fn tls_chooses_by_name_and_protocol_and_reloads() {
     );
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn deadlines_hold_on_tls_too() {
+async fn deadlines_hold_on_tls_too(way: Way) {
     let directory = tempfile::tempdir().unwrap();
     let (files, der) = certificate(directory.path(), "one", &["one.example"]);
     let settings = TlsSettings {
@@ -324,7 +334,7 @@ async fn deadlines_hold_on_tls_too() {
         only_tls13: false,
         client_authorities: None,
     };
-    let door = Door::open(quick(), Some(Arc::new(ListenerTls::load(settings).unwrap()))).await;
+    let door = Door::open(way, quick(), Some(Arc::new(ListenerTls::load(settings).unwrap()))).await;
     let _upstream = door.upstream().await;
     let mut client = Reader::new(tls(&door, &[&der], "one.example", &[]).await);
     let (took, status) = drip(&mut client, b"GET /aaaaaaaaaaaaaaaaaaaaaaaaaa").await;
