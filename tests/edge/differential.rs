@@ -15,7 +15,7 @@ use tollgate::proxy::edge::EdgeSettings;
 use tollgate::proxy::strict::{PathRules, check_target, without_parameters};
 
 use crate::harness::{Door, Reader};
-use crate::ways::{BOTH_WAYS, Way, public_gate};
+use crate::ways::{BOTH_WAYS, Way, gate, public_rules};
 
 /// How many targets are generated; few of them pass.
 const TARGETS: usize = 100_000;
@@ -69,10 +69,6 @@ fn as_servlet(target: &str) -> Option<&'static str> {
         rest = &rest[2 * usize::from(pair.is_some())..];
     }
     Some(rule_of_decoded(&decoded))
-}
-
-fn gate() -> Gate {
-    public_gate(&[RULES, &[("default", "/**")]].concat())
 }
 
 fn rule_of_gate(gate: &Gate, target: &str) -> String {
@@ -337,7 +333,7 @@ async fn every_server_behind_the_edge_sees_the_rule_that_was_chosen() {
         start("python3", "python3", directory.path(), PYTHON, &[]),
         start("node", "nodejs", directory.path(), NODE, &[]),
     ];
-    let gate = gate();
+    let gate = gate(public_rules(&[RULES, &[("default", "/**")]].concat()));
     let mut numbers = Numbers(0x746f_6c6c_6761_7465);
     let mut passing = BTreeSet::new();
     let mut refused = BTreeSet::new();

@@ -180,6 +180,8 @@ impl Upstream {
                 let Ok((stream, _)) = listener.accept().await else {
                     return;
                 };
+                // Head and body are written apart, and would wait for each other's acknowledgement.
+                stream.set_nodelay(true).unwrap();
                 tokio::spawn(serve_recording(stream, record.clone(), usual));
             }
         });
@@ -196,26 +198,27 @@ impl Upstream {
     }
 }
 
-/// Answers `/early` before it reads the body, `/never` not at all, `/ws…` with a 101 and an echo, `/big` with a
-/// megabyte, and everything else with the usual body when the whole message is there.
+/// Answers `/early` before it reads the body, `/never` not at all, `/ws…` with a 101 and an echo, `/big` with 16 MiB,
+/// `/echo…` with its path, and everything else with the usual body when the whole message is there.
 async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>, usual: &str) {
     let mut buffer = Vec::new();
     loop {
+        let head_end = loop {
+            if let Some(end) = find(&buffer, b"\r\n\r\n") {
+                break end + 4;
+            }
+            if read_some(&mut stream, &mut buffer).await == 0 {
+                record.lock().unwrap().push(buffer);
+                return;
+            }
+        };
+        // Only now, so that messages on several connections are in the order in which they came.
         let at = {
             let mut all = record.lock().unwrap();
             all.push(Vec::new());
             all.len() - 1
         };
         let note = |bytes: &[u8]| record.lock().unwrap()[at].extend_from_slice(bytes);
-        let head_end = loop {
-            if let Some(end) = find(&buffer, b"\r\n\r\n") {
-                break end + 4;
-            }
-            if read_some(&mut stream, &mut buffer).await == 0 {
-                note(&buffer);
-                return;
-            }
-        };
         let head = String::from_utf8_lossy(&buffer[..head_end]).to_ascii_lowercase();
         note(&buffer[..head_end]);
         buffer.drain(..head_end);
@@ -278,11 +281,14 @@ async fn serve_recording(mut stream: TcpStream, record: Arc<Mutex<Vec<Vec<u8>>>>
         }
         let body = if path.starts_with("/big") {
             vec![b'x'; 16 << 20]
+        } else if path.starts_with("/echo") {
+            path.into_bytes()
         } else {
             usual.as_bytes().to_vec()
         };
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
-        if stream.write_all(head.as_bytes()).await.is_err() || stream.write_all(&body).await.is_err() {
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+        let body = if head.starts_with("head ") { &[][..] } else { &body };
+        if stream.write_all(answer.as_bytes()).await.is_err() || stream.write_all(body).await.is_err() {
             return;
         }
     }
@@ -308,7 +314,7 @@ async fn read_some(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> usize {
     stream.read_buf(buffer).await.unwrap_or(0)
 }
 
-fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+pub fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     head.lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
 }
@@ -352,10 +358,16 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Reader<S> {
 
     /// The next response, unless it takes too long.
     pub async fn try_response(&mut self) -> Result<Option<Response>, tokio::time::error::Elapsed> {
-        tokio::time::timeout(PATIENCE, self.read_response()).await
+        tokio::time::timeout(PATIENCE, self.read_response(true)).await
     }
 
-    async fn read_response(&mut self) -> Option<Response> {
+    /// The next response, which is one to HEAD: whatever length it announces, nothing is behind it.
+    pub async fn response_to_head(&mut self) -> Option<Response> {
+        let read = tokio::time::timeout(PATIENCE, self.read_response(false)).await;
+        read.expect("a response, or the end, in time")
+    }
+
+    async fn read_response(&mut self, has_body: bool) -> Option<Response> {
         let end = loop {
             if let Some(end) = find(&self.buffer, b"\r\n\r\n") {
                 break end + 4;
@@ -373,6 +385,7 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Reader<S> {
             .expect("a status line");
         let length = header(&head.to_ascii_lowercase(), "content-length")
             .and_then(|v| v.parse().ok())
+            .filter(|_| has_body)
             .unwrap_or(0);
         while self.buffer.len() < length {
             if self.stream.read_buf(&mut self.buffer).await.unwrap_or(0) == 0 {

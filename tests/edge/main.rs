@@ -1,6 +1,7 @@
 //! The strict edge over real sockets: what is refused, what is forwarded, and what becomes of the connection.
 
 mod differential;
+mod exchanges;
 mod h2raw;
 mod harness;
 mod hostile;

@@ -236,7 +236,7 @@ impl ProxyHttp for Forwarder {
     }
 }
 
-/// The gate's own proxy, to which everybody may go.
+/// The gate's own proxy. Everybody may go where they like, but for paths under `/keyed`.
 pub struct Direct {
     proxy: Proxy,
     trusted: Vec<IpNet>,
@@ -246,7 +246,9 @@ impl Direct {
     /// Forwards to this port of 127.0.0.1.
     pub fn new(settings: &EdgeSettings, upstream: u16) -> Self {
         let trusted = settings.trusted_proxies.clone();
-        let gate = Arc::new(public_gate(&[("all", "/**")]));
+        let mut rules = public_rules(&[("all", "/**")]);
+        rules.insert(0, keyed_rule());
+        let gate = Arc::new(gate(rules));
         let proxy = Proxy::new(&proxy_settings(&trusted, upstream), gate, Clock::system(), None);
         Direct {
             proxy: proxy.expect("a prefix that is fit for a header"),
@@ -302,8 +304,19 @@ fn proxy_settings(trusted: &[IpNet], upstream: u16) -> Settings {
     }
 }
 
-/// A gate with these public rules, each a name and a pattern.
-pub fn public_gate(rules: &[(&str, &str)]) -> Gate {
+/// A rule for holders of keys, of whom there are none.
+fn keyed_rule() -> RouteSettings {
+    let mut rule = public_rules(&[("keyed", "/keyed/**")]).remove(0);
+    rule.access = AccessSettings::Keyed {
+        scope: None,
+        tier: "default".into(),
+        environments: None,
+    };
+    rule
+}
+
+/// Rules for everybody, each a name and a pattern.
+pub fn public_rules(rules: &[(&str, &str)]) -> Vec<RouteSettings> {
     let rule = |(name, path): &(&str, &str)| RouteSettings {
         name: (*name).to_owned(),
         pattern: Pattern {
@@ -315,13 +328,18 @@ pub fn public_gate(rules: &[(&str, &str)]) -> Gate {
         sandbox_upstream: None,
         upgrade: false,
     };
+    rules.iter().map(rule).collect()
+}
+
+/// A gate with these rules, and without keys.
+pub fn gate(routes: Vec<RouteSettings>) -> Gate {
     Gate::new(GateSettings {
         environments: vec![],
         checksum: key::Checksum::Required,
         foreign: key::Foreign::Refuse,
         tiers: vec![("default".into(), limit::Limit::new(100, 3_600_000).unwrap())],
         plans: vec![],
-        routes: rules.iter().map(rule).collect(),
+        routes,
         default_upstream: "up".into(),
         failed_attempts: FailedAttemptsSettings::default(),
     })
