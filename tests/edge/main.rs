@@ -1,5 +1,6 @@
 //! The strict edge over real sockets: what is refused, what is forwarded, and what becomes of the connection.
 
+mod answers;
 mod differential;
 mod exchanges;
 mod h2raw;
