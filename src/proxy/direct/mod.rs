@@ -7,7 +7,8 @@
 //! read, then one write to the client. The upstream's answer may be what it likes: one that is not [`Plain`] is read by
 //! Pingora's client, from its first byte on.
 //!
-//! But for the spelling of names, nobody can tell the two ways apart from outside; `tests/e2e/two_ways.rs` compares them.
+//! But for the spelling of names nobody can tell the two ways apart from outside, unless an upstream answers before it has
+//! all of a body: one that goes this way is gathered first. `tests/e2e/two_ways.rs` compares them.
 //!
 //! [`HeadFraming::is_plain`]: super::strict::HeadFraming::is_plain
 
