@@ -1,8 +1,8 @@
 //! Huge pages for the tables of keys, and for nothing else of a gate.
 //!
 //! Where Linux leaves it to the asker (`transparent_hugepage` = `madvise`), the allocator asks for huge pages for all of its
-//! memory. Tables of keys are filled at once and read at random: a decision among a million cold keys takes 0.53 µs with
-//! huge pages and 0.70 without. Anything else pays more for them than it gains, because whoever touches one first waits
+//! memory. Tables of keys are filled at once and read at random: a decision among a million cold keys took 0.53 µs with
+//! huge pages and 0.70 without, when that was measured. Anything else pays more for them than it gains, because whoever touches one first waits
 //! until 2 MiB are zeroed, and with it all requests of that thread: 10,000 slow connections trebled the p99 of everybody
 //! else by that alone, which `cargo bench --bench hostile` would show again.
 //!
