@@ -25,8 +25,9 @@ use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 const PLACES: usize = 9;
 /// So many of the places are filled, some six of each page, and the rest is left empty: most secrets find room where they belong.
 const FILLED: (usize, usize) = (7, 10);
-/// Where more than so many of the places are taken, there are too few pages.
-const FILLED_AT_MOST: (usize, usize) = (14, 15);
+/// Where more than so many of the places are taken, there are too few pages: a lookup of what is not there would look at two or
+/// three and more.
+const FILLED_AT_MOST: (usize, usize) = (5, 6);
 /// Pages to a block. At a million secrets there are some 70 blocks.
 const BLOCK: u32 = 2_048;
 
